@@ -1,0 +1,30 @@
+# Every target sets itself up: only Python 3.11+, a C++ compiler (optional) and the package index are needed.
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+ARGS ?=
+
+.PHONY: help install train test lint clean
+
+help:
+	@echo "make train [ARGS='--method grpo --steps 20']   set up, then train (the embedded default without ARGS)"
+	@echo "make test  [ARGS='tests/test_verifier.py']     set up, then run the tests"
+	@echo "make lint | install | clean"
+
+install:
+	@$(PYTHON) install.py --venv $(VENV)
+
+train: install
+	TORCH_CPP_LOG_LEVEL=ERROR $(RUN) -m scope_fast.train $(ARGS)
+
+test:
+	@$(PYTHON) install.py --venv $(VENV) --dev
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
+
+lint:
+	@$(PYTHON) install.py --venv $(VENV) --dev
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

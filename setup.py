@@ -1,0 +1,60 @@
+"""The native extension only; everything else about the package is in pyproject.toml.
+
+`scope_fast._native` is built from csrc/ where those sources and an importable torch are there (so: install with
+--no-build-isolation), with the CUDA kernels where torch is a CUDA build and nvcc is found. It is optional: without a
+compiler the package installs and works, on the other backends.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.errors import BaseError
+
+ROOT = Path(__file__).parent
+SOURCES = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").glob("*.cpp"))]
+SOURCES += [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]
+CUDA_SOURCES = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
+
+
+def skipped(reason):
+    print(f"scope_fast._native is not built: {reason}", file=sys.stderr)
+    return {}
+
+
+def native_extension():
+    """setup()'s arguments for the extension; none where it cannot be built."""
+    if not SOURCES:
+        return {}
+    try:
+        import torch
+        from torch.utils import cpp_extension
+    except ImportError as error:
+        return skipped(f"{error}; install torch first, then this package with --no-build-isolation")
+
+    class OptionalBuild(cpp_extension.BuildExtension):
+        def build_extensions(self):
+            try:
+                super().build_extensions()
+            # ninja and the version checks of torch raise RuntimeError, a missing compiler OSError or CalledProcessError
+            except (BaseError, OSError, RuntimeError, subprocess.CalledProcessError) as error:
+                skipped(f"{type(error).__name__}: {error}")
+                self.extensions = []  # nothing to copy or to put in the wheel
+
+    # at::parallel_for is a header template: compiled without OpenMP it runs on one thread
+    openmp = ["-fopenmp"] if sys.platform == "linux" else []
+    with_cuda = bool(CUDA_SOURCES) and torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None
+    kind = cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension
+    extension = kind(
+        "scope_fast._native",
+        sources=SOURCES + (CUDA_SOURCES if with_cuda else []),
+        include_dirs=[str(ROOT / "csrc")],
+        define_macros=[("SCOPE_FAST_WITH_CUDA", "1")] if with_cuda else [],
+        extra_compile_args={"cxx": ["-O3", "-g0", "-Wno-psabi", *openmp], "nvcc": ["-O3"]},
+        extra_link_args=openmp,
+    )
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": OptionalBuild}}
+
+
+setup(**native_extension())
