@@ -1,0 +1,57 @@
+"""The optional compiled extension: C++ kernels registered as `torch.ops.scope_fast_native.*` by `scope_fast._native`.
+
+The package works without it. Every schema of ours has one owner, the Python custom op in `scope_fast/ops`; these are
+the private kernels those ops call when the backend is "cpu" or "cuda":
+
+    linear_scope_loss(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor segment, Tensor loss_weight,
+        Tensor? old_logprob, Tensor? advantage, Tensor? ref_logprob, Tensor? rollout_logprob, Tensor? temperature,
+        Tensor rows, float[] options, str logits_dtype, int chunk_tokens,
+        bool need_dhidden, bool need_dweight, bool need_dbias)
+        -> (Tensor loss, Tensor metrics, Tensor dhidden, Tensor dweight, Tensor dbias)
+        rows: int64, the active rows, always given. options: `ops.options.RowOptions`. metrics: `ops.options.METRICS`.
+        chunk_tokens -1: chosen by the kernel. A gradient that is not needed is an empty tensor of shape (0,).
+    linear_logprob(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? temperature, float scale,
+        str logits_dtype, int chunk_tokens) -> (Tensor logprob, Tensor entropy, Tensor logsumexp, Tensor state)
+        the row's temperature is temperature[row] where given, else scale. state (2, T): max z, log sum exp(z - max z).
+    linear_logprob_backward(Tensor grad_logprob, Tensor grad_entropy, Tensor grad_logsumexp, Tensor hidden,
+        Tensor weight, Tensor? bias, Tensor target, Tensor? temperature, float scale, Tensor entropy,
+        Tensor state, str logits_dtype, int chunk_tokens, bool need_dhidden, bool need_dweight, bool need_dbias)
+        -> (Tensor dhidden, Tensor dweight, Tensor dbias)
+    step_pool(Tensor hidden, Tensor step_end, Tensor cu_steps, Tensor weight, Tensor? bias, Tensor? hidden_weight,
+        Tensor? hidden_bias, int positive, float tau)
+        -> (Tensor prob, Tensor first_error, Tensor min, Tensor mean, Tensor prod, Tensor last)
+    weight_bucket_copy(Tensor[] sources, Tensor(a!)[] destinations) -> ()
+        destinations[i] (contiguous, views of one byte buffer) = sources[i] (any strides) cast to its dtype.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import logging
+
+import torch
+
+logger = logging.getLogger("scope_fast")
+
+MISSING = "the compiled extension scope_fast._native is not built (install from source with a C++ compiler)"
+
+
+@functools.cache
+def load() -> bool:
+    """Load the extension if it was built; True when its kernels are registered. Says so, once, when it was not."""
+    if importlib.util.find_spec("scope_fast._native") is None:
+        logger.warning("%s: on CPU the slower plain PyTorch backend runs instead", MISSING)
+        return False
+    importlib.import_module("scope_fast._native")
+    return True
+
+
+@functools.cache
+def has(name: str, device_type: str) -> bool:
+    """Whether a kernel called `name` is registered for tensors of this device type ("cpu", "cuda")."""
+    if not load():
+        return False
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
+    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"scope_fast_native::{name}", key)

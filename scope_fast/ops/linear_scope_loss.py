@@ -1,0 +1,101 @@
+"""scope_fast::linear_scope_loss: the SCOPE loss straight from hidden states, gradients formed in the forward.
+
+One pass at 6*T*V*D flops (logits 2, dX 2, dW 2); recomputing the logits in the backward would make it 8. The price is
+that the gradients are held from forward to backward: T*D and V*D elements, against the T*V logits they replace.
+The rows that cannot have a gradient are dropped before the first matmul.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from scope_fast.ops import checks, dispatch, reference
+from scope_fast.ops.options import METRICS, RowOptions
+
+STEM = "linear_scope_loss"
+
+
+def find_active(rows: reference.Rows, active: Tensor | None, options: RowOptions) -> Tensor:
+    """Indices of the rows to compute. The caller's, or found here at the price of one host sync."""
+    if active is None or rows.segment.device.type == "cpu":
+        checks.require_advantage(rows.segment, rows.advantage)
+    if active is not None:
+        return active
+    rl, nll = reference.active_masks(rows, options)
+    return (rl | nll).nonzero().squeeze(1)
+
+
+@torch.library.custom_op("scope_fast::linear_scope_loss", mutates_args=())
+def linear_scope_loss_op(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    segment: Tensor,
+    loss_weight: Tensor,
+    old_logprob: Tensor | None,
+    advantage: Tensor | None,
+    ref_logprob: Tensor | None,
+    rollout_logprob: Tensor | None,
+    temperature: Tensor | None,
+    active: Tensor | None,
+    options: list[float],
+    logits_dtype: str,
+    chunk_tokens: int,
+    need_dhidden: bool,
+    need_dweight: bool,
+    need_dbias: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, metrics (9,), dhidden (T, D), dweight (V, D), dbias (V)); a gradient that is not needed has shape (0,)."""
+    backend = dispatch.resolve(STEM, backend, hidden.device.type)
+    rows = reference.Rows(
+        target, segment, loss_weight, old_logprob, advantage, ref_logprob, rollout_logprob, temperature
+    )
+    row_options = RowOptions(*options)
+    index = find_active(rows, active, row_options)
+    needs = (need_dhidden, need_dweight, need_dbias)
+    with dispatch.body(hidden):
+        if backend == "triton":
+            from scope_fast.kernels.linear_scope_loss import linear_scope_loss
+
+            return linear_scope_loss(hidden, weight, bias, rows, index, row_options, logits_dtype, chunk_tokens, needs)
+        if backend == "cpu":
+            return torch.ops.scope_fast_native.linear_scope_loss(
+                hidden, weight, bias, *rows, index, options, logits_dtype, chunk_tokens, *needs
+            )
+        return reference.linear_scope_loss(
+            hidden, weight, bias, rows, index, row_options, logits_dtype, chunk_tokens, needs
+        )
+
+
+@linear_scope_loss_op.register_fake
+def _fake(hidden, weight, bias, *args):
+    need_dhidden, need_dweight, need_dbias = args[-4:-1]
+    accumulate = reference.compute_dtype(hidden.dtype)
+    loss = hidden.new_empty((), dtype=accumulate)
+    metrics = hidden.new_empty(len(METRICS), dtype=accumulate)
+    dhidden = hidden.new_empty(hidden.shape if need_dhidden else (0,))
+    dweight = weight.new_empty(weight.shape if need_dweight else (0,))
+    return loss, metrics, dhidden, dweight, weight.new_empty(weight.shape[:1] if need_dbias else (0,))
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.needs = inputs[-4:-1]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[2:])
+
+
+def _backward(ctx, grad_loss, *_):
+    checks.refuse_second_derivative(STEM)
+    # new tensors, never in place: a second backward over the same graph must find the saved gradients unscaled
+    gradients = [
+        saved * grad_loss.to(saved.dtype) if need and grad_loss is not None else None
+        for saved, need in zip(ctx.saved_tensors, ctx.needs, strict=True)
+    ]
+    return *gradients, *(None for _ in range(16))
+
+
+linear_scope_loss_op.register_autograd(_backward, setup_context=_setup_context)

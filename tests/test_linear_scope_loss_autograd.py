@@ -1,0 +1,120 @@
+"""linear_scope_loss as a node of a graph: gradcheck, opcheck, backward twice, frozen inputs, torch.compile."""
+
+import pytest
+import torch
+from opcases import Case, Place, all_options, gradients, make_case, naive_loss, places
+
+from scope_fast import LossOptions, linear_scope_loss
+from scope_fast.ops import reference
+from scope_fast.ops.linear_scope_loss import linear_scope_loss_op
+from scope_fast.ops.options import encode
+
+on_places = places("linear_scope_loss")
+REFERENCE = Place("reference")
+
+
+def run(case: Case, options=None, place=REFERENCE):
+    return linear_scope_loss(
+        case.hidden, case.weight, case.streams, options or LossOptions(), bias=case.bias, backend=place.backend
+    )
+
+
+@all_options
+def test_gradcheck(options):
+    if options.policy_loss == "cispo" or options.nll_shape == "entropy":
+        pytest.skip(
+            "detached factors: their gradient is not the derivative of the value (compared with autograd above)"
+        )
+    case = make_case(T=6, D=3, V=5, bias=True)
+
+    def loss(hidden, weight, bias):
+        return run(Case(hidden, weight, bias, case.streams), options)[0]
+
+    assert torch.autograd.gradcheck(loss, case.leaves())
+
+
+@on_places
+def test_backward_twice_and_upstream_gradient(place):
+    """A second backward finds the saved gradients unscaled, whatever the first one's upstream gradient was."""
+    case = make_case().to(place.fine, place.device)
+    loss, _ = run(case, place=place)
+    once = torch.autograd.grad(loss, case.leaves(), retain_graph=True)
+    thrice = torch.autograd.grad(-3.0 * loss, case.leaves(), retain_graph=True)
+    again = torch.autograd.grad(loss, case.leaves())
+    for a, b, c in zip(once, thrice, again, strict=True):
+        assert torch.equal(a, c)
+        torch.testing.assert_close(b, -3.0 * a)
+
+
+@on_places
+def test_gradient_accumulates_over_shared_weight(place):
+    """Two losses of one weight with different upstream gradients."""
+    case = make_case().to(place.fine, place.device)
+    first, second = (gradients(run(case, place=place)[0], case)[1] for _ in range(2))
+    (0.25 * run(case, place=place)[0] + 2.0 * run(case, place=place)[0]).backward()
+    torch.testing.assert_close(case.weight.grad, 0.25 * first + 2.0 * second)
+
+
+@on_places
+@pytest.mark.parametrize("frozen", ["hidden", "weight", "bias"])
+def test_frozen_inputs_get_no_gradient(place, frozen):
+    case = make_case(bias=True).to(place.fine, place.device)
+    expected = dict(zip(("hidden", "weight", "bias"), gradients(run(case, place=place)[0], case), strict=True))
+    getattr(case, frozen).requires_grad_(False)
+    run(case, place=place)[0].backward()
+    for name in ("hidden", "weight", "bias"):
+        grad = getattr(case, name).grad
+        assert grad is None if name == frozen else torch.equal(grad, expected[name])
+
+
+def test_no_grad_forms_no_gradient(monkeypatch):
+    monkeypatch.setattr(reference.Gradients, "add", None)  # would be called to form one
+    case = make_case()
+    expected, _ = naive_loss(case.hidden, case.weight, case.streams, LossOptions())
+    with torch.no_grad():
+        loss, _ = run(case)
+    assert not loss.requires_grad
+    assert loss.item() == pytest.approx(expected.item())
+
+
+def test_second_derivative_is_refused():
+    case = make_case()
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        torch.autograd.grad(run(case)[0], case.hidden, create_graph=True)
+
+
+@on_places
+def test_opcheck(place):
+    case = make_case(T=9, bias=True).to(place.fine, place.device)
+    s = case.streams
+    args = (
+        case.hidden, case.weight, case.bias, s.target, s.segment, s.loss_weight, s.old_logprob, s.advantage,
+        s.ref_logprob, s.rollout_logprob, s.temperature, None, encode(LossOptions()), "float32", -1, True, True, True,
+        place.backend,
+    )  # fmt: skip
+    # atomicless and deterministic, but opcheck's own gradient comparison assumes float32 noise
+    torch.library.opcheck(linear_scope_loss_op, args, atol=1e-5, rtol=1e-5)
+
+
+@on_places
+def test_compile_fullgraph(place):
+    case = make_case().to(place.fine, place.device)
+
+    def loss(hidden, weight, streams):
+        return linear_scope_loss(2 * hidden, weight, streams, LossOptions(entropy_coef=0.1), backend=place.backend)[0]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    ours = gradients(compiled(case.hidden, case.weight, case.streams), case)
+    for a, b in zip(ours, gradients(loss(case.hidden, case.weight, case.streams), case), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@on_places
+def test_deterministic_bit_for_bit(place):
+    case = make_case(T=50, V=300).to(torch.bfloat16, place.device)
+    runs = []
+    for _ in range(2):
+        loss, metrics = run(case, LossOptions(entropy_coef=0.1), place)
+        runs.append([loss, *metrics.values(), *gradients(loss, case)])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))

@@ -1,0 +1,117 @@
+"""weight_bucket: what is packed comes back bit for bit or cast once, from any layout."""
+
+import pytest
+import torch
+from opcases import places
+
+from scope_fast import weight_bucket
+from scope_fast.ops.weight_bucket import ALIGNMENT_BYTES, weight_bucket_pack_op
+
+on_places = places("weight_bucket_copy")
+
+
+def make_tensors(device="cpu"):
+    r = torch.Generator().manual_seed(0)
+    tensors = [
+        torch.randn(3, 5, generator=r),
+        torch.randn(1000, generator=r).bfloat16(),
+        torch.randn((), generator=r),
+        torch.empty(0, 7),
+        torch.randn(130, 70, generator=r, dtype=torch.float64),
+        torch.arange(9),
+        torch.tensor([True, False]),
+        torch.randn(64, 33, generator=r).T,  # not contiguous
+        torch.randn(40, 40, generator=r)[::2, 1::3],
+    ]
+    return [x.to(device) for x in tensors]
+
+
+@on_places
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float32, torch.float16])
+def test_round_trip(place, dtype):
+    tensors = make_tensors(place.device)
+    buffer, table = weight_bucket.pack(tensors, dtype, backend=place.backend)
+    assert buffer.dtype == torch.uint8
+    for tensor, back in zip(tensors, weight_bucket.unpack(buffer, table), strict=True):
+        assert torch.equal(back, tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor)
+
+
+@on_places
+def test_layout_by_hand(place):
+    a, b = torch.tensor([1.0, 2.0], device=place.device), torch.tensor([3.0], device=place.device)
+    buffer, table = weight_bucket.pack([a, b], backend=place.backend)
+    assert [tuple(e) for e in table] == [(0, (2,), torch.float32), (ALIGNMENT_BYTES, (1,), torch.float32)]
+    expected = torch.zeros(2 * ALIGNMENT_BYTES // 4)
+    expected[:2], expected[ALIGNMENT_BYTES // 4] = torch.tensor([1.0, 2.0]), 3.0
+    assert torch.equal(buffer.view(torch.float32).cpu(), expected)
+
+
+@on_places
+def test_equal_tensors_make_equal_bytes_in_a_dirty_buffer(place):
+    tensors = make_tensors(place.device)
+    fresh, table = weight_bucket.pack(tensors, backend=place.backend)
+    dirty = torch.full((fresh.numel() + 100,), 255, dtype=torch.uint8, device=place.device)
+    again, same_table = weight_bucket.pack(tensors, out=dirty, backend=place.backend)
+    assert torch.equal(fresh, again) and table == same_table
+    assert again.data_ptr() == dirty.data_ptr()
+    assert dirty[fresh.numel() :].eq(255).all()
+
+
+@on_places
+def test_views_share_the_buffer(place):
+    buffer, table = weight_bucket.pack([torch.zeros(4, device=place.device)], backend=place.backend)
+    weight_bucket.unpack(buffer, table)[0].fill_(1.0)
+    assert torch.equal(buffer[:16].view(torch.float32).cpu(), torch.ones(4))
+
+
+@on_places
+def test_special_values_survive(place):
+    special = torch.tensor([torch.inf, -torch.inf, torch.nan, -0.0, 1e-40, 3.4e38], device=place.device)
+    for dtype in (None, torch.bfloat16):
+        buffer, table = weight_bucket.pack([special], dtype, backend=place.backend)
+        (back,) = weight_bucket.unpack(buffer, table)
+        torch.testing.assert_close(
+            back, special if dtype is None else special.to(dtype), equal_nan=True, rtol=0, atol=0
+        )
+        assert back[3].signbit()
+
+
+def test_parameters_are_packed_without_a_graph():
+    parameter = torch.nn.Parameter(torch.ones(3))
+    buffer, table = weight_bucket.pack([parameter])
+    assert not buffer.requires_grad
+    assert torch.equal(weight_bucket.unpack(buffer, table)[0], torch.ones(3))
+
+
+def test_nothing_to_pack():
+    buffer, table = weight_bucket.pack([])
+    assert buffer.numel() == 0 and table == [] and weight_bucket.unpack(buffer, table) == []
+
+
+@on_places
+def test_opcheck(place):
+    tensors = [torch.ones(3, device=place.device), torch.ones(2, 2, device=place.device)]
+    _, size_bytes = weight_bucket.layout(tensors)
+    buffer = torch.zeros(size_bytes, dtype=torch.uint8, device=place.device)
+    torch.library.opcheck(weight_bucket_pack_op, (tensors, buffer, None, place.backend))
+
+
+def test_errors_name_the_argument():
+    tensors = [torch.ones(3)]
+    buffer, table = weight_bucket.pack(tensors)
+    for message, call in {
+        r"out \(4,\) torch.uint8: expected a contiguous uint8 buffer of \(128,\)": lambda: weight_bucket.pack(
+            tensors, out=torch.empty(4, dtype=torch.uint8)
+        ),
+        r"out \(200,\) torch.float32": lambda: weight_bucket.pack(tensors, out=torch.empty(200)),
+        r"tensors\[1\] is on meta, the bucket on cpu": lambda: weight_bucket.pack(
+            [*tensors, torch.ones(1, device="meta")]
+        ),
+        r"tensors\[0\] \(1,\) holds 1 non-finite": lambda: weight_bucket.pack([torch.tensor([torch.nan])], check=True),
+        r"buffer \(8,\) ends before the tensor \(3,\): expected \(12,\)": lambda: weight_bucket.unpack(
+            buffer[:8], table
+        ),
+        r"buffer \(32,\) torch.float32": lambda: weight_bucket.unpack(buffer.view(torch.float32), table),
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            call()
