@@ -1,0 +1,166 @@
+"""linear_scope_loss: per chunk of rows, logits = x W^T; one kernel turns them into dlogits in place; dX and dW.
+
+6*T*V*D flops on the vendor's matmuls, and per logit 10 bytes of the row kernel's own (float32 logits: two reads and
+the bfloat16 gradient; 6 with bfloat16 logits), of which the second read partly hits L2. dW accumulates in float32.
+The streaming mode (chunk_tokens=0) trades 8 flops for scratch: statistics without any logits, then the gradient by
+vocabulary tiles of STREAM_BYTES.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import plan
+from .linear_logprob import gradient_by_vocabulary, stream_stats
+from .rows import NUM_METRICS, kernel_streams, narrow, reduce_table, row_terms
+from .scope_loss import scope_loss
+from .softmax import (
+    BLOCK,
+    NUM_WARPS,
+    logit_buffer,
+    logit_dtypes,
+    mm,
+    num_processors,
+    require_triton_dtype,
+    row_scale,
+    softmax_stats,
+    target_logprob,
+    write_dlogits,
+)
+
+
+@triton.jit
+def _linear_scope_loss_kernel(
+    logits, dlogits, bias, target, streams, temperature, index, o, table, first, num_rows, size, stride, dstride,
+    GRADIENT: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program per row of the chunk: statistics, row terms into column first + row of the table, then dlogits."""
+    r = tl.program_id(0).to(tl.int64)
+    at = tl.load(index + r)
+    row = logits + r * stride
+    scale = row_scale(temperature, streams.segment, at, o.temperature)
+    top, log_s, entropy = softmax_stats(row, bias, size, scale, BLOCK)
+    token = tl.load(target + at)
+    logprob = target_logprob(row, bias, token, size, scale, top, log_s)
+    loss_rl, loss_nll, g, h, rows, entropy_rl, old_kl, clipped, gap, ratio = row_terms(
+        logprob, entropy, at, at >= 0, streams, o
+    )
+    cell = table + first + r
+    tl.store(cell, loss_rl)
+    tl.store(cell + num_rows, loss_nll)
+    tl.store(cell + 2 * num_rows, rows)
+    tl.store(cell + 3 * num_rows, entropy_rl)
+    tl.store(cell + 4 * num_rows, old_kl)
+    tl.store(cell + 5 * num_rows, clipped)
+    tl.store(cell + 6 * num_rows, gap)
+    tl.store(cell + 7 * num_rows, ratio)
+    tl.store(cell + 8 * num_rows, gap)
+    if GRADIENT:
+        out = dlogits + r * dstride
+        write_dlogits(row, out, bias, token, size, scale, top, log_s, entropy, g, h, 0.0, ENTROPY, BLOCK)
+
+
+def linear_scope_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    rows,
+    index: torch.Tensor,
+    options,
+    logits_dtype: str,
+    chunk_tokens: int,
+    needs: tuple[bool, bool, bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(loss, metrics (9,), dhidden (T, D), dweight (V, D), dbias (V)) over the rows `index`.
+
+    rows: ops.reference.Rows; options: ops.options.RowOptions; index (A,) int64, ascending; hidden (T, D), weight (V, D)
+    and bias (V): bfloat16 or float32. A gradient that is not needed has shape (0,).
+    """
+    require_triton_dtype(hidden)
+    bias = None if bias is None else bias.contiguous()
+    if chunk_tokens == 0:
+        return _streaming(hidden, weight, bias, rows, index, options, needs)
+    num_rows, (size, dim), device = index.numel(), weight.shape, hidden.device
+    kept = logit_dtypes(hidden.dtype, logits_dtype)
+    if chunk_tokens < 0:
+        memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+        budget = plan.budget_bytes(memory)
+        chunk_tokens = plan.chunk_rows(num_rows, dim, size * kept.itemsize, num_processors(device), budget)
+    chunk_tokens = max(1, min(chunk_tokens, num_rows))
+    grads = Gradients(hidden, weight, needs, dense=num_rows == hidden.shape[0], once=chunk_tokens >= num_rows)
+    table = torch.empty(NUM_METRICS, num_rows, dtype=torch.float32, device=device)
+    streams = kernel_streams(rows)
+    target, temperature = rows.target.contiguous(), narrow(rows.temperature)
+    logits, dlogits = logit_buffer(chunk_tokens, size, kept, hidden.dtype, device)
+    for first in range(0, num_rows, chunk_tokens):
+        chunk = index[first : first + chunk_tokens]
+        n = chunk.numel()
+        x = hidden[first : first + n] if grads.dense else hidden.index_select(0, chunk)
+        z, dz = logits[:n], dlogits[:n]
+        mm(x, weight.T, z)
+        _linear_scope_loss_kernel[(n,)](
+            z, dz, bias, target, streams, temperature, chunk, options, table, first, num_rows, size,
+            z.stride(0), dz.stride(0), GRADIENT=any(needs), ENTROPY=options.entropy_coef != 0, BLOCK=BLOCK,
+            num_warps=NUM_WARPS, enable_fp_fusion=True,
+        )  # fmt: skip
+        grads.add(x, dz, weight, chunk, first)
+    metrics = reduce_table(table)
+    return metrics[0] + metrics[1], metrics, *grads.result()
+
+
+class Gradients:
+    """dhidden, dweight and dbias, filled chunk by chunk.
+
+    dense: every row of hidden is computed, in order. once: there is one chunk, so dweight needs no float32 sum.
+    """
+
+    def __init__(self, hidden, weight, needs, dense: bool, once: bool) -> None:
+        device = hidden.device
+        need_dhidden, need_dweight, need_dbias = needs
+        self.needs, self.dense, self.dtype = needs, dense, weight.dtype
+        # rows that are not computed have gradient zero; where all are, every one is written
+        make = torch.empty if dense else torch.zeros
+        self.dhidden = make(hidden.shape if need_dhidden else (0,), dtype=hidden.dtype, device=device)
+        wide = weight.dtype if once else torch.float32
+        self.dweight = torch.empty(weight.shape if need_dweight else (0,), dtype=wide, device=device)
+        self.dbias = torch.zeros(weight.shape[:1] if need_dbias else (0,), dtype=torch.float32, device=device)
+        self.untouched = True
+
+    def add(self, x, dz, weight, chunk, first: int) -> None:
+        """x (C, D), dz (C, V) of the rows `chunk` (C,), the ones from `first` on."""
+        need_dhidden, need_dweight, need_dbias = self.needs
+        if need_dhidden and self.dense:
+            mm(dz, weight, self.dhidden[first : first + x.shape[0]])
+        elif need_dhidden:
+            self.dhidden.index_copy_(0, chunk, mm(dz, weight, torch.empty_like(x)))
+        if need_dweight:
+            mm(dz.T, x, self.dweight, accumulate=not self.untouched)
+        if need_dbias:
+            self.dbias += dz.sum(0, dtype=torch.float32)
+        self.untouched = False
+
+    def result(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if self.untouched:
+            self.dweight.zero_()
+        return self.dhidden, self.dweight.to(self.dtype), self.dbias.to(self.dtype)
+
+
+def _streaming(hidden, weight, bias, rows, index, options, needs):
+    """The same five results with no (C, V) scratch in the forward, and vocabulary tiles in the gradient."""
+    dense = index.numel() == hidden.shape[0]
+    x, part = (hidden, rows) if dense else (hidden.index_select(0, index), rows.take(index))
+    temperature = narrow(part.temperature)
+    if temperature is None:
+        one = torch.ones_like(part.loss_weight, dtype=torch.float32)
+        temperature = torch.where(part.segment == 1, options.temperature, one)
+    logprob, entropy, _, state = stream_stats(x, weight, bias, part.target, temperature, 1.0)
+    loss, metrics, g, h = scope_loss(logprob, entropy, part, options)
+    if not any(needs):
+        return loss, metrics, *(hidden.new_empty(0) for _ in needs)
+    grads = (g, h, torch.zeros_like(g))
+    dx, dweight, dbias = gradient_by_vocabulary(
+        grads, x, weight, bias, part.target, temperature, 1.0, entropy, state, "float32", 0, needs
+    )
+    if needs[0] and not dense:
+        dx = torch.zeros_like(hidden).index_copy_(0, index, dx)
+    return loss, metrics, dx, dweight, dbias

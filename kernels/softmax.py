@@ -1,0 +1,146 @@
+"""A row of logits, on the device: its softmax statistics in one read, and its gradient in place in another.
+
+    z = (logit + bias) * scale        scale = 1 / temperature
+    top = max z,  s = sum exp(z - top),  u = sum (z - top) exp(z - top)         (one pass, online)
+    logprob = z[target] - top - log s        entropy = log s - u / s        logsumexp = top + log s
+    dlogit = scale * (p * (k - g - h * (log p + entropy)) + g * [target])       (g, h, k: gradients of the three)
+
+One program walks one row, so no program waits for another. The gradient walks the row backwards: what the first pass
+read last is still in L2. It is written as bfloat16 over the upper half of the float32 logits it is made from
+(`logit_buffer`), so no second (C, V) buffer exists; every write lands at or above the bytes still to be read.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .compat import cast
+
+LOWEST = tl.constexpr(-3.0e38)  # a running maximum that no logit reached yet: finite, so that differences are not NaN
+BLOCK = 4096
+NUM_WARPS = 8
+ALIGN = 16  # elements: logit rows start on 32 bytes (bfloat16) or 64 (float32), what tensor cores load at full speed
+
+
+@triton.jit
+def row_scale(temperature, segment, at, default):
+    """1 / temperature of a row: its stream's; else the default on RL rows (segment 1, or no segments) and 1 on NLL."""
+    if temperature is None:
+        value = default
+        if segment is not None:
+            value = tl.where(tl.load(segment + at) == 1, default, 1.0)
+        return 1.0 / value
+    else:
+        return 1.0 / tl.load(temperature + at)
+
+
+@triton.jit
+def load_logits(row, bias, column, size, scale):
+    mask = column < size
+    z = tl.load(row + column, mask=mask, other=float("-inf")).to(tl.float32)
+    if bias is not None:
+        z += tl.load(bias + column, mask=mask, other=0.0).to(tl.float32)
+    return z * scale
+
+
+@triton.jit
+def online(top, s, u, z):
+    """Running (max, sum, weighted sum) with z joined to them, lane by lane, for one exponential.
+
+    Of exp(top - new_top) and exp(z - new_top) one is always 1; the other is exp(-|z - top|) either way.
+    """
+    d = z - top
+    d = tl.where(d < -1e30, -1e30, d)  # an excluded token (-inf) adds 0 * 1e30, not NaN
+    x = tl.exp(-tl.abs(d))
+    rises = d > 0
+    u = tl.where(rises, x * (u - d * s), u + d * x)
+    s = tl.where(rises, x * s + 1.0, s + x)
+    return tl.where(rises, z, top), s, u
+
+
+@triton.jit
+def merged(top, s, u, axis: tl.constexpr):
+    """The running statistics of all lanes along an axis as one."""
+    total_top = tl.max(top, axis, keep_dims=True)
+    shrink = tl.exp(top - total_top)
+    u = tl.sum(shrink * (u + (top - total_top) * s), axis)
+    return tl.max(top, axis), tl.sum(shrink * s, axis), u
+
+
+@triton.jit
+def softmax_stats(row, bias, size, scale, BLOCK: tl.constexpr):
+    """(top, log s, entropy) of one row of logits."""
+    top = tl.full([BLOCK], LOWEST, tl.float32)
+    s = tl.zeros([BLOCK], tl.float32)
+    u = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, size, BLOCK):
+        top, s, u = online(top, s, u, load_logits(row, bias, start + tl.arange(0, BLOCK), size, scale))
+    row_top, row_s, row_u = merged(top, s, u, 0)
+    log_s = tl.log(row_s)
+    return row_top, log_s, log_s - row_u / row_s
+
+
+@triton.jit
+def target_logprob(row, bias, target, size, scale, top, log_s):
+    """Log-probability of the target; NaN outside [0, size): never another token's."""
+    inside = (target >= 0) & (target < size)
+    at = tl.where(inside, target, 0)
+    z = tl.load(row + at).to(tl.float32)
+    if bias is not None:
+        z += tl.load(bias + at).to(tl.float32)
+    return tl.where(inside, z * scale - top - log_s, float("nan"))
+
+
+@triton.jit
+def write_dlogits(
+    row, out, bias, target, size, scale, top, log_s, entropy, g, h, k, ENTROPY: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The row's gradient, from its last block to its first; out may be the upper half of row (see logit_buffer)."""
+    num_blocks = tl.cdiv(size, BLOCK)
+    for i in range(0, num_blocks):
+        column = (num_blocks - 1 - i) * BLOCK + tl.arange(0, BLOCK)
+        log_p = load_logits(row, bias, column, size, scale) - top - log_s
+        p = tl.exp(log_p)
+        slope = k - g
+        if ENTROPY:
+            slope -= tl.where(p > 0, h * (log_p + entropy), 0.0)
+        dz = p * slope + tl.where(column == target, g, 0.0)
+        tl.debug_barrier()  # every lane has read its logits before any lane writes over them
+        tl.store(out + column, cast(dz * scale, out.dtype.element_ty), mask=column < size)
+
+
+def logit_buffer(num_rows: int, size: int, logits: torch.dtype, operand: torch.dtype, device: torch.device):
+    """(logits, dlogits), each (num_rows, size), rows strided, sharing memory: dlogits in the matmuls' dtype.
+
+    Of a wider dtype, the gradient is the upper half of its row of logits, so that writing backwards never overtakes.
+    """
+    stride = triton.cdiv(size, ALIGN) * ALIGN
+    buffer = torch.empty(num_rows, stride, dtype=logits, device=device)
+    if logits == operand:
+        return buffer[:, :size], buffer[:, :size]
+    return buffer[:, :size], buffer.view(operand)[:, stride : stride + size]
+
+
+def mm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, *, accumulate: bool = False) -> torch.Tensor:
+    """out = a @ b, or out += a @ b: summed in float32, and kept in it where out is float32 and the operands are not."""
+    if a.dtype == out.dtype:
+        return torch.addmm(out, a, b, out=out) if accumulate else torch.mm(a, b, out=out)
+    if not a.is_cuda:  # ATen widens only on GPUs; this is the interpreter's way
+        return mm(a.to(out.dtype), b.to(out.dtype), out, accumulate=accumulate)
+    if accumulate:
+        return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    return torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+def num_processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def logit_dtypes(operand: torch.dtype, logits_dtype: str) -> torch.dtype:
+    """What the logits are kept in: float32, or the inputs' bfloat16 where asked."""
+    return torch.bfloat16 if operand == torch.bfloat16 and logits_dtype == "bfloat16" else torch.float32
+
+
+def require_triton_dtype(hidden: torch.Tensor) -> None:
+    if hidden.dtype == torch.float64:
+        raise ValueError("hidden is torch.float64: the triton backend takes bfloat16 and float32; use reference or cpu")

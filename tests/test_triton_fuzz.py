@@ -1,0 +1,127 @@
+"""Random shapes, dtypes, segments and options: every backend against the reference, on the same inputs."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from opcases import Case, gradients, make_case, places
+
+from scope_fast import LossOptions, PrmHead, linear_logprob, linear_scope_loss, scope_loss, step_pool
+
+quick = settings(max_examples=10, deadline=None, derandomize=True)
+
+sizes = st.tuples(st.integers(0, 24), st.integers(1, 40), st.integers(2, 300))
+dtypes = st.sampled_from([torch.float32, torch.bfloat16])
+
+
+@st.composite
+def loss_options(draw) -> LossOptions:
+    kl = draw(st.sampled_from(["none", "k1", "k2", "k3"]))
+    return LossOptions(
+        clip_low=draw(st.sampled_from([0.1, 0.2, 1.0])),
+        clip_high=draw(st.sampled_from([0.2, 0.28, 5.0])),
+        dual_clip=draw(st.sampled_from([None, 1.5, 3.0])),
+        policy_loss=draw(st.sampled_from(["ppo", "cispo"])),
+        kl=kl,
+        kl_coef=0.0 if kl == "none" else draw(st.sampled_from([0.0, 0.1])),
+        entropy_coef=draw(st.sampled_from([0.0, 0.01, -0.1])),
+        importance_cap=draw(st.sampled_from([None, 1.0, 2.0])),
+        nll_shape=draw(st.sampled_from(["constant", "shaped", "entropy"])),
+        temperature=draw(st.sampled_from([0.6, 1.0, 1.7])),
+        chunk_tokens=draw(st.sampled_from([None, 0, 1, 7])),
+    )
+
+
+@st.composite
+def cases(draw) -> Case:
+    T, D, V = draw(sizes)
+    return make_case(
+        T, D, V, bias=draw(st.booleans()), on_policy=draw(st.booleans()), temperature=draw(st.booleans()),
+        segments=draw(st.sampled_from([(0, 1, 2), (0,), (1,), (2,), (0, 1), (1, 2)])), seed=draw(st.integers(0, 99)),
+    )  # fmt: skip
+
+
+def close_to(ours: torch.Tensor, theirs: torch.Tensor, dtype: torch.dtype) -> None:
+    """Equal up to the rounding of `dtype` at the values' scale: the backends add in different orders."""
+    scale = max(1.0, theirs.detach().abs().max().item()) if theirs.numel() else 1.0
+    slack = (2e-2 if dtype == torch.bfloat16 else 1e-5) * scale
+    torch.testing.assert_close(ours.cpu().float(), theirs.float(), rtol=0, atol=slack)
+
+
+@places("linear_scope_loss", reference=False)
+@given(case=cases(), options=loss_options(), dtype=dtypes)
+@quick
+def test_fuzz_linear_scope_loss(place, case, options, dtype):
+    ours, theirs = case.to(dtype, place.device), case.to(dtype)
+    loss, metrics = linear_scope_loss(
+        ours.hidden, ours.weight, ours.streams, options, bias=ours.bias, backend=place.backend
+    )
+    true, true_metrics = linear_scope_loss(
+        theirs.hidden, theirs.weight, theirs.streams, options, bias=theirs.bias, backend="reference"
+    )
+    close_to(loss, true, torch.float32)
+    for name in metrics.keys() - {"policy/clipped"}:  # a count: a ratio at the bound may fall either way
+        close_to(metrics[name], true_metrics[name], torch.float32)
+    for a, b in zip(gradients(loss, ours), gradients(true, theirs), strict=True):
+        close_to(a, b, dtype)
+
+
+@places("linear_logprob", "linear_logprob_backward", reference=False)
+@given(case=cases(), dtype=dtypes, chunk_tokens=st.sampled_from([None, 0, 3]))
+@quick
+def test_fuzz_linear_logprob(place, case, dtype, chunk_tokens):
+    results = []
+    for backend, each in ((place.backend, case.to(dtype, place.device)), ("reference", case.to(dtype))):
+        temperature = 1.0 if each.streams.temperature is None else each.streams.temperature
+        out = linear_logprob(
+            each.hidden, each.weight, each.streams.target, bias=each.bias, temperature=temperature,
+            chunk_tokens=chunk_tokens, backend=backend,
+        )  # fmt: skip
+        results.append((out, gradients((out[0] - 0.3 * out[1] + 0.1 * out[2]).sum(), each)))
+    (out, grads), (true, true_grads) = results
+    for a, b in zip(out, true, strict=True):
+        close_to(a, b, torch.float32)
+    for a, b in zip(grads, true_grads, strict=True):
+        close_to(a, b, dtype)
+
+
+@places(reference=False)
+@given(case=cases(), options=loss_options())
+@quick
+def test_fuzz_scope_loss(place, case, options):
+    results = []
+    for backend, device in ((place.backend, place.device), ("reference", "cpu")):
+        each = case.to(torch.float32, device)
+        stats = linear_logprob(each.hidden, each.weight, each.streams.target, backend="reference")
+        leaves = [x.detach().requires_grad_() for x in stats[:2]]
+        loss, metrics = scope_loss(leaves[0], each.streams, options, entropy=leaves[1], backend=backend)
+        results.append([loss, *metrics.values(), *torch.autograd.grad(loss, leaves)])
+    for a, b in zip(*results, strict=True):
+        close_to(a, b, torch.float32)
+
+
+@places(reference=False)
+@given(
+    counts=st.lists(st.integers(0, 70), max_size=6),
+    dims=st.tuples(st.integers(1, 40), st.integers(1, 70), st.sampled_from([1, 2]), st.booleans()),
+    dtype=dtypes,
+    seed=st.integers(0, 99),
+)
+@quick
+def test_fuzz_step_pool(place, counts, dims, dtype, seed):
+    D, M, C, mlp = dims
+    r = torch.Generator().manual_seed(seed)
+    S, T = sum(counts), 50
+    hidden, end = torch.randn(T, D, generator=r).to(dtype), torch.randint(0, T, (S,), generator=r)
+    cu_steps = torch.tensor([0, *counts]).cumsum(0)
+    width = M if mlp else D
+    parts = [torch.randn(C, width, generator=r), torch.randn(C, generator=r)]
+    parts += [torch.randn(M, D, generator=r), torch.randn(M, generator=r)] if mlp else []
+    results = []
+    for backend, device in ((place.backend, place.device), ("reference", "cpu")):
+        head = PrmHead(*(x.to(device, dtype) for x in parts))
+        results.append(step_pool(hidden.to(device), head, end.to(device), cu_steps.to(device), backend=backend))
+    ours, true = results
+    for a, b in zip((ours.prob, *ours[2:]), (true.prob, *true[2:]), strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-4, atol=1e-5)
+    sure = (true.prob - 0.5).abs().min() > 1e-4 if S else True
+    assert not sure or torch.equal(ours.first_error.cpu(), true.first_error)
