@@ -1,0 +1,138 @@
+"""Teachers: given a prompt and the student's prefix, the text that follows. No hint, no answer is passed to them."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Protocol
+
+from scope_fast import config as cfg
+from scope_fast.rollout.base import RolloutEngine, Sampling
+from scope_fast.scope.trajectory import Prompt
+from scope_fast.tasks import get_task
+
+
+@dataclass(frozen=True)
+class Request:
+    """A response to be continued: the student's own tokens so far, and their text. seed: for teachers that sample."""
+
+    prompt: Prompt
+    prefix_ids: list[int]
+    prefix: str
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Reply:
+    """text: the continuation, without the prefix and without EOS. finished: it ended by itself, within the budget."""
+
+    text: str
+    finished: bool = True
+
+
+class TeacherError(RuntimeError):
+    """The teacher gave nothing for one request; the message says why."""
+
+
+class Teacher(Protocol):
+    def complete(self, requests: list[Request]) -> list[Reply | TeacherError]:
+        """One reply or error per request, in order. May block; `ask` puts a bound on it."""
+
+
+class SolverTeacher:
+    """The task's own worked solution, going on from the value the prefix arrived at, right or wrong."""
+
+    def complete(self, requests: list[Request]) -> list[Reply | TeacherError]:
+        return [self._one(request) for request in requests]
+
+    @staticmethod
+    def _one(request: Request) -> Reply | TeacherError:
+        lines = [line.strip() for line in request.prefix.splitlines() if line.strip()]
+        try:
+            rest = get_task(request.prompt.task).resume(request.prompt.entry, lines)
+        except ValueError as error:
+            return TeacherError(str(error))
+        return Reply("\n".join(rest))
+
+
+class ModelTeacher:
+    """A stronger model that shares the student's tokenizer, continued from the student's own token ids.
+
+    The draw depends on what is asked and on nothing before it, so that a resumed run is told the same. Raises
+    RuntimeError while an earlier call that `ask` gave up on still holds the engine: engines serve one caller at a time.
+    """
+
+    def __init__(self, engine: RolloutEngine, tokenizer, config: cfg.Teacher, context: int, seed: int) -> None:
+        self._engine, self._tokenizer, self._seed = engine, tokenizer, seed
+        self._sampling = Sampling(temperature=config.temperature, max_tokens=config.max_tokens)
+        self._context, self._busy = context, threading.Lock()
+
+    def complete(self, requests: list[Request]) -> list[Reply | TeacherError]:
+        if not self._busy.acquire(blocking=False):
+            raise RuntimeError("the teacher is still busy with an earlier call")
+        try:
+            return self._complete(requests)
+        finally:
+            self._busy.release()
+
+    def _complete(self, requests: list[Request]) -> list[Reply | TeacherError]:
+        prompts = [[*request.prompt.ids, *request.prefix_ids] for request in requests]
+        fits = [i for i, prompt in enumerate(prompts) if len(prompt) < self._context]
+        replies: list[Reply | TeacherError] = [TeacherError("the prefix fills the teacher's context")] * len(requests)
+        if fits:
+            seeds = [[self._draw(requests[i], i)] for i in fits]
+            rollouts = self._engine.generate([prompts[i] for i in fits], 1, self._sampling, seeds)
+            for i, (rollout,) in zip(fits, rollouts, strict=True):
+                text = self._tokenizer.decode(rollout.token_ids, skip_special_tokens=True)
+                replies[i] = Reply(text, rollout.finish_reason == "stop")
+        return replies
+
+    def _draw(self, request: Request, index: int) -> int:
+        text = f"{self._seed}/{request.seed}/{index}/{request.prompt.id}"
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+
+
+def check_shared_tokenizer(student, other, name: str) -> None:
+    """Raises ValueError naming the setting `name` unless both tokenizers map the same tokens to the same ids."""
+    if student.get_vocab() != other.get_vocab():
+        raise ValueError(f"{name}: its tokenizer differs from the student's; token ids cannot be passed on")
+
+
+def ask(teacher: Teacher, requests: list[Request], timeout_s: float) -> list[Reply | TeacherError]:
+    """`teacher.complete` under a bound of `timeout_s` seconds for the whole call.
+
+    A teacher that raises, takes too long, answers the wrong number of requests, or answers one with nothing costs its
+    requests a TeacherError each, never an exception here: the caller counts them.
+    """
+    if not requests:
+        return []
+    future: Future[list[Reply | TeacherError]] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(teacher.complete(requests))
+        except Exception as error:  # noqa: BLE001  whatever a teacher raises is counted and named by the caller
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True, name="teacher").start()  # daemon: one that hangs must not hold the exit
+    try:
+        error = future.exception(timeout_s)
+    except TimeoutError:
+        return [TeacherError(f"timed out after {timeout_s:g} s")] * len(requests)
+    if error is not None:
+        return [TeacherError(f"{type(error).__name__}: {error}")] * len(requests)
+    replies = future.result()
+    if not isinstance(replies, list) or len(replies) != len(requests):
+        given = f"{len(replies)} replies" if isinstance(replies, list) else f"a {type(replies).__name__}"
+        return [TeacherError(f"{given} to {len(requests)} requests")] * len(requests)
+    return [_usable(reply) for reply in replies]
+
+
+def _usable(reply: object) -> Reply | TeacherError:
+    if isinstance(reply, TeacherError):
+        return reply
+    if not isinstance(reply, Reply):
+        return TeacherError(f"a {type(reply).__name__} instead of a reply")
+    return reply if reply.text.strip() else TeacherError("empty reply")

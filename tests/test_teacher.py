@@ -1,0 +1,203 @@
+"""Teachers: whatever one does wrong costs its requests an error with a message, never an exception or a hang."""
+
+import threading
+import time
+
+import pytest
+from factories import byte_level, prompt, sentencepiece
+
+from scope_fast import config as cfg
+from scope_fast.rollout.base import Rollout
+from scope_fast.teacher import ModelTeacher, Reply, Request, SolverTeacher, TeacherError, ask, check_shared_tokenizer
+
+CHAIN = {"answer": "15", "metadata": {"source_dataset": "chain_sum", "expression": "12 + 7 - 4"}}
+
+
+class Teacher:
+    """Does what it is given to do."""
+
+    def __init__(self, action):
+        self.complete = action
+
+
+def request(prefix="", prefix_ids=(), entry=CHAIN, task="chain_sum", **changes):
+    return Request(prompt(entry, task), list(prefix_ids), prefix, **changes)
+
+
+def errors(replies):
+    assert all(isinstance(reply, TeacherError) for reply in replies)
+    return [str(reply) for reply in replies]
+
+
+def raise_(error):
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("action", "message"),
+    [
+        (lambda requests: raise_(ConnectionError("no route")), "ConnectionError: no route"),
+        (lambda requests: raise_(KeyError("x")), "KeyError: 'x'"),
+        (lambda requests: raise_(TimeoutError("its own")), "TimeoutError: its own"),
+        (lambda requests: None, "a NoneType to 2 requests"),
+        (lambda requests: "ab", "a str to 2 requests"),
+        (lambda requests: [], "0 replies to 2 requests"),
+        (lambda requests: [Reply("a")] * 3, "3 replies to 2 requests"),
+        (lambda requests: [None, None], "a NoneType instead of a reply"),
+        (lambda requests: ["text", "text"], "a str instead of a reply"),
+        (lambda requests: [Reply(""), Reply(" \n")], "empty reply"),
+    ],
+)
+def test_every_failure_becomes_an_error_with_its_message(action, message):
+    assert errors(ask(Teacher(action), [request(), request()], 5.0)) == [message, message]
+
+
+def test_a_failure_costs_only_its_own_request():
+    replies = [Reply("a"), TeacherError("refused"), Reply(""), Reply("b", finished=False)]
+    got = ask(Teacher(lambda requests: replies), [request()] * 4, 5.0)
+    assert (got[0], got[3]) == (Reply("a"), Reply("b", finished=False))
+    assert errors(got[1:3]) == ["refused", "empty reply"]
+
+
+def test_a_hanging_teacher_is_given_up_on():
+    release = threading.Event()
+    start = time.monotonic()
+    try:
+        got = ask(Teacher(lambda requests: release.wait(60)), [request()] * 2, 0.2)
+        assert time.monotonic() - start < 10  # generous: two cores are shared
+        assert errors(got) == ["timed out after 0.2 s"] * 2
+    finally:
+        release.set()
+
+
+def test_a_hanging_teacher_does_not_hold_the_exit():
+    before, release = set(threading.enumerate()), threading.Event()
+    try:
+        ask(Teacher(lambda requests: release.wait(60)), [request()], 0.01)
+        assert [t.daemon for t in threading.enumerate() if t not in before] == [True]
+    finally:
+        release.set()
+
+
+def test_nothing_to_ask_asks_nobody():
+    assert ask(Teacher(lambda requests: raise_(AssertionError)), [], 1.0) == []
+
+
+def test_the_solver_goes_on_from_the_prefix():
+    requests = [request(), request("12 + 7 = 19\n"), request("12 + 7 = 20\n\n")]
+    assert ask(SolverTeacher(), requests, 5.0) == [
+        Reply("12 + 7 = 19\n19 - 4 = 15. Answer: 15"),
+        Reply("19 - 4 = 15. Answer: 15"),
+        Reply("20 - 4 = 16. Answer: 16"),
+    ]
+
+
+def test_a_solver_that_cannot_go_on_says_why():
+    requests = [
+        request("well then\n"),
+        request("12 + 7 = 19\n19 - 4 = 15. Answer: 15\n"),
+        request("12 + 7 = 19\n"),
+        request(task="jsonl"),
+    ]
+    got = ask(SolverTeacher(), requests, 5.0)
+    assert got[2] == Reply("19 - 4 = 15. Answer: 15")
+    assert errors([*got[:2], got[3]]) == [
+        "no value to go on from in 'well then'",
+        "no step left after 2 lines",
+        "task 'jsonl' is not embedded; known: chain_sum, leg_counting",
+    ]
+
+
+class Engine:
+    """Answers every prompt with the same tokens, and remembers what it was asked."""
+
+    def __init__(self, token_ids, finish_reason="stop"):
+        self.token_ids, self.finish_reason, self.calls = token_ids, finish_reason, []
+        self.wait = None
+
+    def generate(self, prompts, n, sampling, seeds=None):
+        self.calls.append((prompts, n, sampling, seeds))
+        if self.wait:
+            self.wait.wait(60)
+        count = len(self.token_ids)
+        return [[Rollout(p, self.token_ids, [-1.0] * count, self.finish_reason, 0)] * n for p in prompts]
+
+
+def model_teacher(engine, context=8, seed=3):
+    return ModelTeacher(engine, byte_level(), cfg.Teacher(kind="model", temperature=0.5, max_tokens=9), context, seed)
+
+
+def test_a_model_is_given_the_student_s_own_tokens():
+    tokenizer = byte_level()
+    engine = Engine([*tokenizer.encode("1 + 1"), tokenizer.eos_token_id])
+    got = model_teacher(engine).complete([request("x", [70, 71]), request("y", [72])])
+    assert got == [Reply("1 + 1"), Reply("1 + 1")]  # without the EOS, which `splice` appends
+    ((prompts, n, sampling, seeds),) = engine.calls
+    assert prompts == [[5, 6, 7, 70, 71], [5, 6, 7, 72]]
+    assert (n, sampling.temperature, sampling.max_tokens) == (1, 0.5, 9)
+    assert [len(row) for row in seeds] == [1, 1]
+    assert all(0 <= row[0] < 2**63 for row in seeds)
+
+
+def test_a_model_that_does_not_come_to_an_end():
+    (got,) = model_teacher(Engine([66, 67], "length")).complete([request("x", [70])])
+    assert got == Reply(byte_level().decode([66, 67]), finished=False)
+
+
+def test_a_prefix_that_fills_the_teacher_s_context():
+    engine = Engine([66, 0])
+    got = model_teacher(engine).complete([request("x", [70] * 5), request("y", [70] * 4)])
+    assert errors(got[:1]) == ["the prefix fills the teacher's context"]
+    assert got[1] == Reply(byte_level().decode([66]))
+    assert engine.calls[0][0] == [[5, 6, 7, 70, 70, 70, 70]]
+    assert errors(model_teacher(engine).complete([request("x", [70] * 9)])) == [
+        "the prefix fills the teacher's context"
+    ]
+    assert len(engine.calls) == 1  # nothing fits: nothing is generated
+
+
+def test_draws_depend_on_the_request_and_not_on_what_came_before():
+    def draws(*requests, seed=3, before=0):
+        engine = Engine([66, 0])
+        teacher = model_teacher(engine, seed=seed)
+        for _ in range(before):
+            teacher.complete([request()])
+        teacher.complete(list(requests))
+        return [row[0] for row in engine.calls[-1][3]]
+
+    assert draws(request(), request(seed=1)) == draws(request(), request(seed=1), before=3)
+    everything = draws(request(), request(), request(seed=1)) + draws(request(), seed=4)
+    assert len(set(everything)) == 4  # twice the same question is two draws
+
+
+def test_an_engine_serves_one_call_at_a_time():
+    """The call that was given up on still has the engine; the next one must not enter it."""
+    engine = Engine([66, 0])
+    engine.wait = threading.Event()
+    teacher = model_teacher(engine)
+    try:
+        assert errors(ask(teacher, [request()], 0.1)) == ["timed out after 0.1 s"]
+        message = "RuntimeError: the teacher is still busy with an earlier call"
+        assert errors(ask(teacher, [request()], 5.0)) == [message]
+        assert len(engine.calls) == 1
+    finally:
+        engine.wait.set()
+    for thread in threading.enumerate():
+        if thread.name == "teacher":
+            thread.join(10)
+    assert ask(teacher, [request()], 5.0) == [Reply(byte_level().decode([66]))]
+
+
+def test_a_failed_call_frees_the_engine():
+    engine = Engine([66, 0])
+    teacher = model_teacher(engine)
+    engine.generate, works = (lambda *arguments: raise_(MemoryError("full"))), engine.generate
+    assert errors(ask(teacher, [request()], 5.0)) == ["MemoryError: full"]
+    engine.generate = works
+    assert ask(teacher, [request()], 5.0) == [Reply(byte_level().decode([66]))]
+
+
+def test_token_ids_are_passed_on_only_between_like_tokenizers():
+    check_shared_tokenizer(byte_level(), byte_level(), "teacher.path")
+    with pytest.raises(ValueError, match=r"teacher\.path: its tokenizer differs from the student's"):
+        check_shared_tokenizer(byte_level(), sentencepiece(), "teacher.path")
