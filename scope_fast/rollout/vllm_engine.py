@@ -1,0 +1,306 @@
+"""Rollouts from vLLM, in this process.
+
+vLLM is imported when the first engine is made, never by importing this module. Just before, these variables are set;
+the last two only where the environment does not set them already:
+
+    VLLM_ENABLE_V1_MULTIPROCESSING=0   the engine runs in this process: up in seconds, weights go by memory
+    VLLM_LOGGING_LEVEL=ERROR           one line of ours instead of a hundred of vLLM's
+    VLLM_NO_USAGE_STATS=1              nothing is sent anywhere
+
+One C++ line about NUMA stays on stderr unless TORCH_CPP_LOG_LEVEL=ERROR is set before torch is imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import os
+import random
+import warnings
+import weakref
+from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import torch
+
+from scope_fast.rollout import weight_sync
+from scope_fast.rollout.base import (
+    EngineOptions,
+    Rollout,
+    Sampling,
+    WeightSource,
+    check_request,
+    check_version,
+    draw_seeds,
+    eos_token_ids,
+    torch_threads,
+)
+
+
+def is_installed() -> bool:
+    """Whether a package named vllm can be imported (a folder of that name on the path is not one)."""
+    spec = find_spec("vllm")
+    return spec is not None and spec.origin is not None
+
+
+def import_vllm() -> Any:
+    """vLLM, with the environment it needs. Whatever is wrong with an installed vLLM is raised, not hidden."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    # vLLM sets its level only after it has logged a warning or two.
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # vLLM's own use of torch
+        import vllm
+
+        return vllm
+
+
+class SyncClient:
+    """The four calls of vLLM's weight-sync protocol on an engine in this process.
+
+    vLLM's own senders finish without saying a version, so the engine leaves it here before it has them send.
+    """
+
+    def __init__(self, llm: Any) -> None:
+        self._llm = llm
+        self.version: str | None = None
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self._llm.init_weight_transfer_engine({"init_info": init_info})
+
+    def start_weight_update(self) -> None:
+        self._llm.start_weight_update()
+
+    def update_weights(self, update_info: dict[str, Any] | list[dict[str, Any]]) -> None:
+        self._llm.update_weights({"update_info": update_info})
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self._llm.finish_weight_update(self.version if weight_version is None else weight_version)
+
+
+class VllmEngine:
+    """`RolloutEngine` on vLLM in this process, from a Hugging Face model folder.
+
+    transfer: the trainer-side init object of a weight-transfer backend; its `backend` names it. Default: `ShmInit`.
+
+    vLLM creates a default torch.distributed group of one process if there is none: a learner with more ranks must
+    create its group first. A group that was there, the caller's random state and torch's threads are left as found.
+    Several engines may live in one process.
+
+    On CPU nothing is compiled: vLLM's one torch.compile'd helper would cost the first call 2 s and need a C++ compiler.
+    """
+
+    def __init__(self, model_dir: str, options: EngineOptions | None = None, transfer: Any = None) -> None:
+        vllm = import_vllm()
+        options = options or EngineOptions()
+        self._transfer = transfer or weight_sync.ShmInit(bucket_bytes=options.bucket_bytes)
+        if self._transfer.backend == weight_sync.BACKEND:
+            weight_sync.register()
+        self._sampling_params = vllm.SamplingParams
+        self._stop_ids = eos_token_ids(str(model_dir))
+        self._seeds = random.Random(options.seed)
+        self._num_threads = options.num_threads
+        with _undisturbed_caller():
+            group_existed = torch.distributed.is_initialized()
+            self._llm = vllm.LLM(**_llm_arguments(vllm, str(model_dir), options, self._transfer.backend))
+        self._finalizer = _own_shutdown(self, self._llm, group_existed)
+        self._context = self._llm.model_config.max_model_len
+        self._vocab = self._llm.model_config.get_vocab_size()
+        self._on_cpu = self._llm.llm_engine.vllm_config.device_config.device_type == "cpu"
+        self._client = SyncClient(self._llm)
+        self._sender: Any = None
+        self._version: int | None = 0
+        self._llm.update_weight_version("0")
+
+    @property
+    def version(self) -> int:
+        self._check_usable()
+        return self._version
+
+    def generate(
+        self, prompts: list[list[int]], n: int, sampling: Sampling, seeds: list[list[int]] | None = None
+    ) -> list[list[Rollout]]:
+        self._check_usable()
+        version = self._version
+        check_request(prompts, n, seeds, self._context, self._vocab)
+        if seeds is None:
+            seeds = draw_seeds(self._seeds, len(prompts), n)
+        requests = [{"prompt_token_ids": prompt} for prompt in prompts for _ in range(n)]
+        params = [self._params(sampling, seed) for row in seeds for seed in row]
+        with _preserved_random_state(), self._working():
+            outputs = self._llm.generate(requests, params, use_tqdm=False)
+        rollouts = [_rollout(output, version) for output in outputs]
+        return [rollouts[i * n : (i + 1) * n] for i in range(len(prompts))]
+
+    def update_weights(self, weights: torch.nn.Module | WeightSource, version: int) -> None:
+        """The timeline is in `weight_sync.ShmSender`."""
+        check_version(version)
+        self._check_usable()
+        source = weight_sync.as_source(weights)
+        if self._sender is None:
+            self._sender = self._make_sender(source)
+        self._sender.source = source
+        self._version = None
+        self._client.version = str(version)
+        with self._working():
+            self._sender.send_weights()
+        reported = self._llm.get_weight_version()
+        if reported != str(version):
+            raise RuntimeError(f"weight sync: sent version {version}, the engine reports {reported!r}")
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("weight sync: vLLM did not reset its prefix cache (are requests still running?)")
+        self._version = version
+
+    def close(self) -> None:
+        if self._finalizer.alive:
+            if self._sender is not None:
+                self._sender.shutdown()
+            self._finalizer()
+            self._llm = self._client = self._sender = None
+            gc.collect()
+
+    def _check_usable(self) -> None:
+        if not self._finalizer.alive:
+            raise RuntimeError("the engine is closed")
+        if self._version is None:
+            raise RuntimeError("the last weight sync failed half-way: the engine's weights are neither old nor new")
+
+    @contextlib.contextmanager
+    def _working(self) -> Iterator[None]:
+        """How torch is set while vLLM computes in this process."""
+        stance = torch.compiler.set_stance("force_eager") if self._on_cpu else contextlib.nullcontext()
+        with stance, torch_threads(self._num_threads):
+            yield
+
+    def _make_sender(self, source: WeightSource) -> Any:
+        from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
+
+        return WeightTransferTrainerFactory.trainer_init(self._transfer, client=self._client, source=source)
+
+    def _params(self, sampling: Sampling, seed: int) -> Any:
+        return self._sampling_params(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            max_tokens=sampling.max_tokens,
+            seed=seed,
+            stop_token_ids=sorted({*self._stop_ids, *sampling.stop_token_ids}),
+            ignore_eos=True,  # the stop ids above are the whole truth
+            logprobs=0,  # the sampled token's own
+            flat_logprobs=True,
+            detokenize=False,
+        )
+
+
+def _llm_arguments(vllm: Any, model_dir: str, options: EngineOptions, backend: str) -> dict[str, Any]:
+    from vllm.config import WeightTransferConfig
+    from vllm.platforms import current_platform
+
+    arguments = {
+        "model": model_dir,
+        "skip_tokenizer_init": True,
+        "dtype": options.dtype,
+        "max_model_len": options.max_model_len,
+        "max_num_seqs": options.max_num_seqs,
+        "seed": options.seed,
+        "logprobs_mode": "processed_logprobs",
+        "weight_transfer_config": WeightTransferConfig(backend=backend),
+        "use_tqdm_on_load": False,
+    }
+    if current_platform.is_cpu():
+        arguments |= {
+            "enforce_eager": True,
+            "kv_cache_memory_bytes": options.kv_cache_bytes,
+            # a prompt split over two passes makes vLLM rewind the request's generator, which CPU generators cannot do
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(options.max_model_len or 0, 8192),
+        }
+    else:
+        arguments |= {"gpu_memory_utilization": options.gpu_memory_utilization}
+    return arguments
+
+
+def _rollout(output: Any, version: int) -> Rollout:
+    """Checks what must hold of every response: one log-probability per token, a natural end, one version of weights."""
+    completion = output.outputs[0]
+    token_ids = list(completion.token_ids)
+    logprobs = list(completion.logprobs.logprobs)
+    if len(logprobs) != len(token_ids):
+        raise RuntimeError(f"vLLM returned {len(logprobs)} log-probabilities for {len(token_ids)} tokens")
+    if completion.finish_reason not in ("stop", "length"):
+        raise RuntimeError(f"vLLM ended a response with {completion.finish_reason!r}")
+    versions = {span.version for span in completion.weight_versions}
+    if versions != {str(version)}:
+        raise RuntimeError(f"vLLM sampled with weights {sorted(versions)}, expected version {version}")
+    return Rollout(list(output.prompt_token_ids), token_ids, logprobs, completion.finish_reason, version)
+
+
+class _Process:
+    """What the engines of this process share: vLLM's parallel state, and the default torch.distributed group."""
+
+    open_engines = 0
+    group_is_vllms = False
+
+
+def _own_shutdown(engine: VllmEngine, llm: Any, group_existed: bool) -> weakref.finalize:
+    """Takes the place of vLLM's shutdown, which destroys the default torch.distributed group, a learner's included,
+    and the parallel state under every other engine of the process."""
+    if _Process.open_engines == 0:
+        _Process.group_is_vllms = not group_existed
+    _Process.open_engines += 1
+    client = llm.llm_engine.engine_core
+    client._finalizer.detach()
+    return weakref.finalize(engine, _shutdown, client.engine_core)
+
+
+def _shutdown(core: Any) -> None:
+    from vllm.distributed import parallel_state
+
+    core.structured_output_manager.clear_backend()
+    core.model_executor.shutdown()
+    core.scheduler.shutdown()
+    gc.unfreeze()  # vLLM froze the heap at its start
+    _Process.open_engines -= 1
+    if _Process.open_engines:
+        return
+    parallel_state.destroy_model_parallel()
+    if _Process.group_is_vllms:
+        parallel_state.destroy_distributed_environment()
+    else:
+        parallel_state._WORLD.destroy()
+        parallel_state._WORLD = parallel_state._NODE_COUNT = None
+
+
+@contextlib.contextmanager
+def _preserved_random_state() -> Iterator[None]:
+    """vLLM seeds the process at its start and draws from torch's global generator at every step on CPU."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+
+
+@contextlib.contextmanager
+def _undisturbed_caller() -> Iterator[None]:
+    """Undoes what vLLM's start does to the process it shares: its CPU worker replaces torch.set_num_threads by a
+    no-op, which would bind the learner too, and two variables would reach the learner and its child processes."""
+    set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
+    variables = {name: os.environ.get(name) for name in ("LOCAL_WORLD_SIZE", "LD_PRELOAD")}
+    with _preserved_random_state(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        try:
+            yield
+        finally:
+            torch.set_num_threads = set_num_threads
+            torch.set_num_threads(num_threads)
+            for name, value in variables.items():
+                os.environ.pop(name, None)
+                if value is not None:
+                    os.environ[name] = value

@@ -1,0 +1,259 @@
+"""Weights from the learner into a vLLM engine, through vLLM's native weight-transfer API, by a file in shared memory.
+
+`ShmSender` runs beside the learner, `ShmReceiver` inside the vLLM worker (the same process, or another one on the same
+machine). `register()` gives both to vLLM under the backend name "shm". vLLM's own "ipc" and "nccl" backends follow the
+same protocol with another init object in the place of `ShmInit`.
+
+This module imports vLLM only inside functions, so that the learner's half works where vLLM is absent.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from scope_fast.ops import weight_bucket
+from scope_fast.rollout.base import ParamMeta, WeightSource
+
+BACKEND = "shm"
+
+
+class ModuleSource:
+    """`WeightSource` over the parameters of an unsharded module, tied ones under each of their names.
+
+    The names are those of `named_parameters`, which for the decoder models of transformers are the checkpoint's.
+    """
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._module = module
+
+    def metadata(self) -> list[ParamMeta]:
+        return [ParamMeta(name, p.dtype, tuple(p.shape)) for name, p in self]
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, parameter in self._module.named_parameters(remove_duplicate=False):
+            yield name, parameter.detach()
+
+
+def as_source(weights: torch.nn.Module | WeightSource) -> WeightSource:
+    """A module becomes a `ModuleSource`; anything else is taken to be a source."""
+    return ModuleSource(weights) if isinstance(weights, torch.nn.Module) else weights
+
+
+@dataclass
+class ShmInit:
+    """Trainer-side init of the "shm" backend: rank 0 sends, the other ranks only read the source along.
+
+    bucket_bytes: size of the shared file, cut to the model's size and grown to its largest tensor.
+    """
+
+    backend: ClassVar[str] = BACKEND
+    rank: int = 0
+    bucket_bytes: int = 64 << 20
+
+    @property
+    def is_sender(self) -> bool:
+        return self.rank == 0
+
+
+@dataclass
+class ShmWorkerInit:
+    """Worker-side init: the file to map, and its size in bytes."""
+
+    path: str
+    num_bytes: int
+
+
+@dataclass
+class ShmUpdate:
+    """One bucket: tensor i has names[i], dtypes[i] and shapes[i] and starts at byte offsets[i] of the file."""
+
+    names: list[str]
+    dtypes: list[str]
+    shapes: list[list[int]]
+    offsets: list[int]
+
+
+def bucket_bytes_of(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    """Bytes one tensor takes in a bucket, alignment included."""
+    return weight_bucket.layout([torch.empty(shape, dtype=dtype, device="meta")])[1]
+
+
+class ShmSender:
+    """The learner's half. The timeline of a sync:
+
+        learner (ShmSender)                              vLLM worker (ShmReceiver)
+        ---------------------------------------------    ------------------------------------------------------
+        once: create the file; init_weight_transfer  ->  map the file
+              remove the file's name (both maps stay)
+        start_weight_update                          ->  parameters become empty, in checkpoint layout; the old
+                                                         kernels' tensors are kept aside
+        per bucket: copy tensors into the file
+                    update_weights(names, offsets)   ->  private copies -> model.load_weights; a layer that is
+                                                         complete is repacked into its old kernel's tensors
+        finish_weight_update(version)                ->  every parameter was loaded, or it raises; attention layers
+                                                         are finished; the version is set
+        get_weight_version() == version, or raise
+        reset_prefix_cache()                         ->  keys and values of the old weights are forgotten
+
+    The last two lines are the engine's (`VllmEngine.update_weights`): vLLM does neither by itself. Every call returns
+    when the worker is done with it, so one bucket can be used again and again. After an exception between start and
+    finish the worker's weights are neither old nor new: the engine must be thrown away.
+    """
+
+    def __init__(self, client: Any, source: WeightSource, is_sender: bool = True) -> None:
+        self.client = client
+        self.source = source
+        self.is_sender = is_sender
+        self._bucket: torch.Tensor | None = None
+
+    @classmethod
+    def trainer_init(cls, init_info: ShmInit, *, client: Any, source: WeightSource) -> ShmSender:
+        """Creates the shared file and hands it to the worker. OSError when shared memory cannot hold the bucket."""
+        sender = cls(client=client, source=source, is_sender=init_info.is_sender)
+        if sender.is_sender:
+            sizes = [bucket_bytes_of(meta.dtype, meta.shape) for meta in source.metadata()]
+            num_bytes = max(max(sizes), min(init_info.bucket_bytes, sum(sizes)))
+            path = _create_shared_file(num_bytes)
+            try:
+                sender._bucket = _map(path, num_bytes)
+                client.init_weight_transfer_engine({"path": path, "num_bytes": num_bytes})
+            finally:
+                os.unlink(path)
+        return sender
+
+    def send_weights(self) -> None:
+        """One full sync; every rank calls it, since reading a sharded source is a collective."""
+        if not self.is_sender:
+            for _ in self.source:
+                pass
+            return
+        self.client.start_weight_update()
+        for update in self._fill_buckets():
+            self.client.update_weights(update)
+        self.client.finish_weight_update()
+
+    def shutdown(self) -> None:
+        """Lets go of the shared file."""
+        self._bucket = None
+
+    def _fill_buckets(self) -> Iterator[dict[str, list]]:
+        """Copies tensors into the file until it is full, and yields what it holds."""
+        held: list[tuple[str, torch.Tensor]] = []
+        used = 0
+        for name, tensor in self.source:
+            size = bucket_bytes_of(tensor.dtype, tuple(tensor.shape))
+            if size > self._bucket.numel():
+                raise ValueError(
+                    f"weights: {name} takes {size} bytes, the bucket made for this source has {self._bucket.numel()}"
+                )
+            if used + size > self._bucket.numel():
+                yield _pack(held, self._bucket)
+                held, used = [], 0
+            held.append((name, tensor))
+            used += size
+        if held:
+            yield _pack(held, self._bucket)
+
+
+class ShmReceiver:
+    """The worker's half; `register` joins it with vLLM's base class, which parses the dicts and names the model.
+
+    Loading goes through vLLM's layer-wise reload: Linear weights live in the kernels' own layout, so a plain
+    `load_weights` fails or changes nothing. The loader keeps references to what it is given until a layer is complete,
+    hence the private copies: the shared file is overwritten by the next bucket.
+    """
+
+    init_info_cls = ShmWorkerInit
+    update_info_cls = ShmUpdate
+    supports_draft_weight_update = False
+
+    def init_transfer_engine(self, init_info: ShmWorkerInit) -> None:
+        self._bucket = _map(init_info.path, init_info.num_bytes)
+
+    def start_weight_update(self) -> None:
+        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
+        initialize_layerwise_reload(self.model)
+        self._missing = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self.receive_weights(self.parse_update_info(update_info))
+
+    def receive_weights(self, update_info: ShmUpdate) -> None:
+        copies = [(name, view.to(self.device, copy=True)) for name, view in _unpack(update_info, self._bucket)]
+        self._missing -= self.model.load_weights(copies)
+
+    def finish_weight_update(self) -> None:
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+        # Without this check a forgotten tensor would leave its layer at the old weights, with a log line at most.
+        if self._missing:
+            raise RuntimeError(f"weight sync left parameters without new values: {sorted(self._missing)}")
+        finalize_layerwise_reload(self.model, self.model_config)
+
+    def shutdown(self) -> None:
+        self._bucket = None
+
+
+def register() -> None:
+    """Makes "shm" known to vLLM's two factories, in this process; calling it again changes nothing."""
+    from vllm.distributed.weight_transfer import (
+        TrainerWeightTransferEngine,
+        WeightTransferEngine,
+        WeightTransferEngineFactory,
+        WeightTransferTrainerFactory,
+    )
+
+    if BACKEND in WeightTransferEngineFactory._registry:
+        return
+    receiver = type("ShmWeightTransferEngine", (ShmReceiver, WeightTransferEngine), {})
+    sender = type("ShmTrainerWeightTransferEngine", (ShmSender, TrainerWeightTransferEngine), {})
+    WeightTransferEngineFactory.register_engine(BACKEND, receiver)
+    WeightTransferTrainerFactory.register_engine(BACKEND, sender)
+
+
+def _pack(named: list[tuple[str, torch.Tensor]], bucket: torch.Tensor) -> dict[str, list]:
+    """Copies the tensors into the bucket; returns an `ShmUpdate` as plain values, which any transport can carry."""
+    _, table = weight_bucket.pack([tensor for _, tensor in named], out=bucket)
+    return {
+        "names": [name for name, _ in named],
+        "dtypes": [str(entry.dtype).removeprefix("torch.") for entry in table],
+        "shapes": [list(entry.shape) for entry in table],
+        "offsets": [entry.offset_bytes for entry in table],
+    }
+
+
+def _unpack(update: ShmUpdate, bucket: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    rows = zip(update.offsets, map(tuple, update.shapes), (getattr(torch, d) for d in update.dtypes), strict=True)
+    return zip(update.names, weight_bucket.unpack(bucket, list(rows)), strict=True)
+
+
+def _create_shared_file(num_bytes: int) -> str:
+    """A file of that size in memory where the system has such a folder; its pages are reserved now, since running out
+    of them later would kill the process with SIGBUS instead of raising."""
+    folder = "/dev/shm" if Path("/dev/shm").is_dir() else tempfile.gettempdir()
+    descriptor, path = tempfile.mkstemp(prefix="scope_fast_", dir=folder)
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(descriptor, 0, num_bytes)
+        else:
+            os.truncate(descriptor, num_bytes)
+    except OSError as error:
+        os.unlink(path)
+        raise OSError(
+            error.errno, f"{folder} cannot hold {num_bytes} bytes of weights in flight; lower bucket_bytes", path
+        ) from error
+    finally:
+        os.close(descriptor)
+    return path
+
+
+def _map(path: str, num_bytes: int) -> torch.Tensor:
+    return torch.from_file(path, shared=True, size=num_bytes, dtype=torch.uint8)
