@@ -1,0 +1,182 @@
+"""Prompts: a resumable cursor over the embedded tasks or a data set, and a held-out set that is never trained on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from random import Random
+from typing import Any
+
+from scope_fast.config import Config, Data
+from scope_fast.scope.trajectory import Prompt
+from scope_fast.sources import read_rows
+from scope_fast.tasks import TASKS, dataset, get_task
+
+TRAIN_SEEDS_APART = 1_000_000  # reasoning-gym draws entry i from seed + i: ranges of seeds must not overlap
+HELDOUT_SEED = 1 << 60  # beyond every run's and every warm start's
+
+
+def encode_prompt(tokenizer, prompt: str | list[dict[str, str]]) -> list[int]:
+    """Token ids of a prompt: through the tokenizer's chat template where it has one, else as plain text.
+
+    prompt: the user's text, or chat messages. Raises ValueError for messages where there is no chat template.
+    """
+    if tokenizer.chat_template is None:
+        if not isinstance(prompt, str):
+            raise ValueError("prompt is a list of messages, but the tokenizer has no chat template")
+        return tokenizer.encode(prompt)
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+class EmbeddedTasks:
+    """Rows of reasoning-gym, the tasks in turn; endless. `heldout` rows come from seeds no run trains on."""
+
+    def __init__(self, tasks: list[str], seed: int) -> None:
+        self._tasks = [get_task(name) for name in tasks]
+        self._seed = seed * TRAIN_SEEDS_APART
+
+    def row(self, i: int) -> dict[str, Any]:
+        """Row i of the run, whatever was asked for before."""
+        return self._entry(i, self._seed)
+
+    def heldout(self, count: int) -> list[dict[str, Any]]:
+        """The same rows in every run."""
+        return [self._entry(i, HELDOUT_SEED) for i in range(count)]
+
+    def _entry(self, i: int, seed: int) -> dict[str, Any]:
+        index, turn = divmod(i, len(self._tasks))
+        name = self._tasks[turn].name
+        entry = dataset(name, seed)[index]
+        where = f"heldout-{index}" if seed == HELDOUT_SEED else seed + index
+        return {"id": f"{name}/{where}", "task": name, "prompt": entry["question"], "entry": entry}
+
+
+class Table:
+    """Rows of `data.path`, shuffled anew every epoch; the last `data.heldout` of them are set aside.
+
+    A row's task and "metadata" are passed on to the verifier and the teacher. Prints one line of counts. Raises
+    ValueError for too few rows, and what `sources.read_rows` raises.
+    """
+
+    def __init__(self, data: Data, seed: int) -> None:
+        rows, duplicates = read_rows(data)
+        kept = len(rows) - data.heldout
+        if kept <= 0:
+            raise ValueError(
+                f"data.path: {data.path} has {len(rows)} rows, data.heldout={data.heldout} leaves none to train on"
+            )
+        what = "dropped" if data.dedup else "kept (data.dedup drops them)"
+        print(f"data: {data.path}: {kept} rows and {data.heldout} held out; {duplicates} duplicates {what}", flush=True)
+        self._rows, self._heldout, self._seed = rows[:kept], rows[kept:], seed
+        self._epoch, self._order = -1, list[int]()
+        self.tasks = sorted({row["task"] for row in rows})
+
+    def row(self, i: int) -> dict[str, Any]:
+        """Row i of the run, whatever was asked for before: i // rows is the epoch."""
+        epoch, index = divmod(i, len(self._rows))
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, list(range(len(self._rows)))
+            Random(f"{self._seed}/{epoch}").shuffle(self._order)
+        return self._rows[self._order[index]]
+
+    def heldout(self, count: int) -> list[dict[str, Any]]:
+        """The last rows of the file, the same in every run."""
+        return self._heldout[:count]
+
+
+class Encoder:
+    """Rows into prompts of token ids, `data.instruction` added. counts: rows passed over since they were last cleared,
+    data/skipped_long (no room in the context, or over the limit) and data/skipped_short (no token, or under it)."""
+
+    def __init__(self, config: Config, tokenizer) -> None:
+        data, longest = config.data, config.rollout.context - 1
+        self._tokenizer, self._instruction = tokenizer, data.instruction
+        self._least, self._most = data.min_prompt_tokens, min(data.max_prompt_tokens or longest, longest)
+        self.counts: Counter[str] = Counter()
+
+    def __call__(self, row: dict[str, Any]) -> Prompt | None:
+        """None for a row that is passed over."""
+        prompt = instructed(row["prompt"], self._instruction) if self._instruction else row["prompt"]
+        ids = encode_prompt(self._tokenizer, prompt)
+        if len(ids) < self._least:
+            self.counts["data/skipped_short"] += 1
+            return None
+        if len(ids) > self._most:
+            self.counts["data/skipped_long"] += 1
+            return None
+        text = prompt if isinstance(prompt, str) else self._tokenizer.decode(ids)
+        return Prompt(row["id"], row["task"], text, tuple(ids), row["entry"])
+
+
+def instructed(prompt: str | list[dict[str, str]], instruction: str) -> str | list[dict[str, str]]:
+    """The prompt with a line added at its end; of chat messages, at the end of the last one."""
+    if isinstance(prompt, str):
+        return f"{prompt}\n{instruction}"
+    *before, last = prompt
+    return [*before, {**last, "content": f"{last['content']}\n{instruction}"}]
+
+
+class PromptSource:
+    """Prompts in token ids. `cursor` is all its state: the same cursor gives the same prompts again.
+
+    counts: what was passed over since `take_counts`: the Encoder's data/skipped_long and data/skipped_short, and
+    data/skipped_heldout (the same text as a held-out prompt).
+    Raises ValueError if no held-out prompt can be used, or if the teacher or the reward model of the configuration
+    works embedded tasks only and the rows are of others.
+    """
+
+    def __init__(self, config: Config, tokenizer) -> None:
+        self._context = config.rollout.context
+        if config.data.path is None:
+            self._rows = EmbeddedTasks(config.data.tasks, config.seed)
+        else:
+            self._rows = Table(config.data, config.seed)
+            _check_workable(config, self._rows.tasks)
+        self._prompt = Encoder(config, tokenizer)
+        self._counts = self._prompt.counts
+        rows = self._rows.heldout(config.data.heldout)
+        self.heldout = [prompt for row in rows if (prompt := self._prompt(row)) is not None]
+        if not self.heldout:
+            raise ValueError(f"data: none of {len(rows)} held-out prompts is usable ({self._reasons()})")
+        self._heldout_texts = {prompt.text for prompt in self.heldout}
+        self._counts.clear()  # what follows counts training prompts
+        self.cursor = 0
+
+    def next(self, count: int) -> list[Prompt]:
+        """The next `count` usable prompts. ValueError if thousands in a row are not."""
+        prompts: list[Prompt] = []
+        tried = 0
+        while len(prompts) < count:
+            prompt = self._prompt(self._rows.row(self.cursor))
+            self.cursor += 1
+            tried += 1
+            if prompt is not None and prompt.text in self._heldout_texts:
+                self._counts["data/skipped_heldout"] += 1
+            elif prompt is not None:
+                prompts.append(prompt)
+            if tried > 1000 * count:
+                raise ValueError(f"data: {len(prompts)} usable prompts in {tried} rows ({self._reasons()})")
+        return prompts
+
+    def take_counts(self) -> dict[str, int]:
+        """The counts since the last call, which starts them anew."""
+        names = ("data/skipped_long", "data/skipped_short", "data/skipped_heldout")
+        counts = {name: self._counts[name] for name in names}
+        self._counts.clear()
+        return counts
+
+    def _reasons(self) -> str:
+        counts = ", ".join(f"{name} {count}" for name, count in self._counts.items())
+        return f"{counts}; rollout.context={self._context}"
+
+
+def _check_workable(config: Config, tasks: list[str]) -> None:
+    """Refuses what could only fail row after row: the solver and the exact checker know the embedded tasks alone."""
+    task = next((task for task in tasks if task not in TASKS), None)
+    repairs = config.method in ("scope", "replace", "sft")
+    scores = config.prm.monitor or config.method in ("scope", "replace", "prm_reward")
+    if task and repairs and config.teacher.kind == "solver":
+        raise ValueError(f"teacher.kind: the solver cannot work task {task!r} of data.path; use teacher.kind: model")
+    if task and scores and config.prm.kind == "exact":
+        raise ValueError(f"prm.kind: task {task!r} of data.path has no exact checker; use prm.kind: token_classifier")

@@ -1,0 +1,42 @@
+r"""The scoring function for mathematical answers, `scope_fast.math_answers:score`: equal by math-verify (sympy).
+
+A module of its own, so that a missing math-verify shows when the verifier starts and not at every response, and so that
+the seconds sympy takes to import do not count against the first one.
+
+math-verify's own time limits are off: they ring SIGALRM, which works in a main thread only, which a long operation in C
+hears when it is over, and which makes a time-out a silent "wrong". The verifier kills the worker at its deadline for a
+response instead, and counts it. Who calls `score` elsewhere must bring a deadline: 9^{9^{9^9}} is compared for ever.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import lru_cache
+from typing import Any
+
+from scope_fast.answers import canonical, final_answer, gold_answer
+
+try:
+    from math_verify import parse, verify
+except ModuleNotFoundError as error:
+    raise ImportError(f"{error}: mathematical answers need it: pip install 'scope-fast[eval]'") from error
+
+logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of the time limits that are off on purpose
+
+
+def score(response: str, entry: dict[str, Any]) -> tuple[float, str | None]:
+    r"""1.0 where the response's \boxed{} or "Answer:" equals entry["answer"] as mathematics, else 0.0; and the answer.
+
+    LaTeX that cannot be read, or compared, is a wrong answer, whatever math-verify makes of it. A gold answer that is
+    empty raises ValueError: no silent zero.
+    """
+    gold, answer = gold_answer(entry), final_answer(response)
+    if answer is None:
+        return 0.0, None
+    answer = canonical(answer)
+    return float(answer == gold or verify(_read(gold), _read(answer), timeout_seconds=None)), answer
+
+
+@lru_cache(maxsize=256)  # the responses of a group share their gold answer
+def _read(answer: str) -> list:
+    return parse(f"\\boxed{{{answer}}}", parsing_timeout=None)

@@ -1,0 +1,162 @@
+"""Embedded tasks: reasoning-gym generators with worked solutions, one step a line.
+
+reasoning-gym owns the questions and the scoring (`score_answer`). What it does not have, and step-wise correction
+needs, is the working: each `Task` here writes it line by line, continues it from any given line, and so can also check
+it. The last line carries the answer ("12 + 7 = 19. Answer: 19"). Verifier workers load this module: no torch here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from random import Random
+from typing import Any
+
+import reasoning_gym  # here, not in the functions: a worker's first item must not pay for the import
+from reasoning_gym.arithmetic.leg_counting import ANIMALS
+
+Entry = dict[str, Any]
+
+_ANSWER = re.compile(r"Answer:[ \t]*(\S[^\n]*)")
+_LAST_INTEGER = re.compile(r"= (-?\d+)(?:\. Answer: \S+)?$")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A reasoning-gym generator and how its solutions are worked.
+
+    params: arguments of the generator, the sizes the quickstart uses.
+    operations(entry): the steps as functions running value -> (line, new value), in order; the first gets None.
+    """
+
+    name: str
+    params: dict[str, Any]
+    operations: Callable[[Entry], list[Callable[[int | None], tuple[str, int]]]]
+
+    def solve(self, entry: Entry, slip: Callable[[int], int] = lambda value: value) -> list[str]:
+        """The worked solution. `slip` may change a step's result; the later steps go on from the changed value."""
+        return self._work(entry, 0, None, slip)
+
+    def resume(self, entry: Entry, lines: list[str]) -> list[str]:
+        """The lines that follow `lines`, going on from the value the last of them arrived at.
+
+        Raises ValueError when there is nothing to go on from: no value in the last line, or no step left.
+        """
+        if not lines:
+            return self.solve(entry)
+        match = _LAST_INTEGER.search(lines[-1])
+        if match is None:
+            raise ValueError(f"no value to go on from in {lines[-1]!r}")
+        if len(lines) >= len(self.operations(entry)):
+            raise ValueError(f"no step left after {len(lines)} lines")
+        return self._work(entry, len(lines), int(match.group(1)), lambda value: value)
+
+    def check(self, entry: Entry, lines: list[str]) -> list[bool]:
+        """For each line: does it stand, letter by letter, at its place of the worked solution?"""
+        gold = self.solve(entry)
+        return [i < len(gold) and line == gold[i] for i, line in enumerate(lines)]
+
+    def _work(self, entry: Entry, start: int, value: int | None, slip: Callable[[int], int]) -> list[str]:
+        operations, lines = self.operations(entry), []
+        for i in range(start, len(operations)):
+            line, result = operations[i](value)
+            value = slip(result)
+            end = f". Answer: {value}" if i == len(operations) - 1 else ""
+            lines.append(f"{line} = {value}{end}")
+        return lines
+
+
+def _chain_sum(entry: Entry) -> list[Callable[[int | None], tuple[str, int]]]:
+    """`a + b - c` left to right: one line for each operator."""
+    first, *rest = entry["metadata"]["expression"].replace("+ ", "+").replace("- ", "-").split()
+
+    def step(term: str, start: int | None) -> Callable[[int | None], tuple[str, int]]:
+        def work(value: int | None) -> tuple[str, int]:
+            left = start if value is None else value
+            return f"{left} {term[0]} {term[1:]}", left + int(term)
+
+        return work
+
+    return [step(term, int(first) if i == 0 else None) for i, term in enumerate(rest)]
+
+
+@lru_cache
+def _legs() -> dict[str, int]:
+    return dict(ANIMALS)
+
+
+def _leg_counting(entry: Entry) -> list[Callable[[int | None], tuple[str, int]]]:
+    """One line for each animal: its legs, added to the running total."""
+
+    def step(animal: str, count: int) -> Callable[[int | None], tuple[str, int]]:
+        def work(value: int | None) -> tuple[str, int]:
+            legs, total = _legs()[animal], value or 0
+            return f"{count} {animal} * {legs} = {count * legs}, {total} + {count * legs}", total + count * legs
+
+        return work
+
+    return [step(animal, count) for animal, count in entry["metadata"]["animals"].items()]
+
+
+_EMBEDDED = (
+    Task(
+        "chain_sum",
+        {"min_terms": 4, "max_terms": 6, "min_digits": 1, "max_digits": 2, "allow_negation": False},
+        _chain_sum,
+    ),
+    Task(
+        "leg_counting",
+        {"min_animals": 2, "max_animals": 4, "min_instances": 1, "max_instances": 9},
+        _leg_counting,
+    ),
+)
+TASKS = {task.name: task for task in _EMBEDDED}
+
+
+def get_task(name: str) -> Task:
+    """The embedded task of that name; ValueError with the known names otherwise."""
+    if name not in TASKS:
+        raise ValueError(f"task {name!r} is not embedded; known: {', '.join(sorted(TASKS))}")
+    return TASKS[name]
+
+
+@lru_cache(maxsize=64)
+def dataset(name: str, seed: int) -> Any:
+    """reasoning-gym's data set of that task; entries are generated when they are indexed, each from seed + index."""
+    return reasoning_gym.create_dataset(name, seed=seed, size=2**31 - 1, **get_task(name).params)
+
+
+def entries(name: str, seed: int, start: int = 0) -> Iterator[Entry]:
+    """Entry after entry of a task, from index `start` on."""
+    data, index = dataset(name, seed), start
+    while True:
+        yield data[index]
+        index += 1
+
+
+def slipping(rng: Random, rate: float) -> Callable[[int], int]:
+    """A `slip` that gets a result wrong with probability `rate`, the way a careless student would."""
+    return lambda value: value + rng.choice((-10, -2, -1, 1, 2, 10)) if rng.random() < rate else value
+
+
+def extract_answer(response: str) -> str | None:
+    """What follows the last "Answer:", or None."""
+    found = _ANSWER.findall(response)
+    return found[-1].strip() if found else None
+
+
+def score(response: str, entry: Entry) -> tuple[float, str | None]:
+    """The verifier's scoring function: (reward, what follows the last "Answer:").
+
+    1.0 where reasoning-gym gives the answer its full score, or where, for a task that is not embedded (rows of
+    `data.path`), it is the row's answer letter by letter; else 0.0.
+    """
+    answer = extract_answer(response)
+    if answer is None:
+        return 0.0, None
+    name = entry["metadata"]["source_dataset"]
+    if name not in TASKS:
+        return float(answer == str(entry["answer"]).strip()), answer
+    return float(dataset(name, 0).score_answer(answer, entry) >= 1.0), answer

@@ -1,0 +1,147 @@
+"""Worked solutions: they end with reasoning-gym's own answer, go on from anywhere, and slips show."""
+
+import itertools
+from random import Random
+
+import pytest
+
+from scope_fast.tasks import TASKS, dataset, entries, extract_answer, get_task, score, slipping
+
+NAMES = sorted(TASKS)
+CHAIN = {"answer": "15", "metadata": {"source_dataset": "chain_sum", "expression": "12 + 7 - 4"}}
+LEGS = {"answer": "22", "metadata": {"source_dataset": "leg_counting", "animals": {"spider": 2, "human": 3}}}
+
+
+def some(name, count=300):
+    return list(itertools.islice(entries(name, seed=77), count))
+
+
+def test_chain_sum_by_hand():
+    assert get_task("chain_sum").solve(CHAIN) == ["12 + 7 = 19", "19 - 4 = 15. Answer: 15"]
+
+
+def test_leg_counting_by_hand():
+    lines = ["2 spider * 8 = 16, 0 + 16 = 16", "3 human * 2 = 6, 16 + 6 = 22. Answer: 22"]
+    assert get_task("leg_counting").solve(LEGS) == lines
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_solutions_end_with_the_gym_s_own_answer(name):
+    task, data = get_task(name), dataset(name, 77)
+    seen = set()
+    for entry in some(name):
+        text = "\n".join(task.solve(entry))
+        assert extract_answer(text) == entry["answer"]
+        assert data.score_answer(extract_answer(text), entry) == 1.0
+        assert score(text, entry) == (1.0, entry["answer"])
+        seen.add(entry["answer"])
+    assert len(seen) > 50  # and the answers are not all alike
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_prefix_is_continued_with_the_rest(name):
+    task = get_task(name)
+    for entry in some(name):
+        lines = task.solve(entry)
+        for k in range(len(lines)):
+            assert task.resume(entry, lines[:k]) == lines[k:]
+
+
+def test_a_wrong_prefix_is_continued_from_where_it_arrived():
+    assert get_task("chain_sum").resume(CHAIN, ["12 + 7 = 20"]) == ["20 - 4 = 16. Answer: 16"]
+    assert get_task("chain_sum").resume(CHAIN, ["12 + 7 = -3"]) == ["-3 - 4 = -7. Answer: -7"]
+    # an answer too early is a value like another
+    assert get_task("chain_sum").resume(CHAIN, ["12 + 7 = 19. Answer: 19"]) == ["19 - 4 = 15. Answer: 15"]
+    assert get_task("leg_counting").resume(LEGS, ["2 spider * 8 = 16, 0 + 16 = 17"]) == [
+        "3 human * 2 = 6, 17 + 6 = 23. Answer: 23"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["twelve and seven"], "no value to go on from in 'twelve and seven'"),
+        (["12 + 7 = 19 or so"], "no value to go on from"),
+        (["12 + 7 ="], "no value to go on from"),
+        (["12 + 7 = 19", "19 - 4 = 15"], "no step left after 2 lines"),
+        (["1 = 1"] * 5, "no step left after 5 lines"),
+    ],
+)
+def test_nothing_to_go_on_from(lines, message):
+    with pytest.raises(ValueError, match=message):
+        get_task("chain_sum").resume(CHAIN, lines)
+
+
+def test_checking_letter_by_letter():
+    check = get_task("chain_sum").check
+    assert check(CHAIN, ["12 + 7 = 19", "19 - 4 = 15. Answer: 15"]) == [True, True]
+    assert check(CHAIN, ["12 + 7 = 20", "20 - 4 = 16. Answer: 16"]) == [False, False]  # an error is carried on
+    assert check(CHAIN, ["12 + 7 = 19", "19 - 4 = 14. Answer: 14", "more"]) == [True, False, False]
+    assert check(CHAIN, ["19 - 4 = 15. Answer: 15"]) == [False]  # a line has its place
+    assert check(CHAIN, []) == []
+
+
+def first_one_too_large():
+    errors = itertools.chain([1], itertools.repeat(0))
+    return lambda value: value + next(errors)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_slip_is_carried_on(name):
+    """The later steps are right for what they start from, and wrong all the same."""
+    task = get_task(name)
+    for entry in some(name, 50):
+        lines = task.solve(entry, first_one_too_large())
+        assert not any(task.check(entry, lines))
+        assert task.resume(entry, lines[:1]) == lines[1:]
+        assert int(extract_answer("\n".join(lines))) == int(entry["answer"]) + 1
+        assert score("\n".join(lines), entry) == (0.0, str(int(entry["answer"]) + 1))
+
+
+def test_slips_come_at_their_rate_and_change_the_value():
+    slip = slipping(Random(0), 0.2)
+    changes = [slip(100) - 100 for _ in range(5000)]
+    wrong = [change for change in changes if change]
+    assert 920 < len(wrong) < 1080  # 1000 expected, standard deviation 28
+    assert set(wrong) == {-10, -2, -1, 1, 2, 10}
+    assert {slipping(Random(0), 0.0)(value) - value for value in range(100)} == {0}
+    assert 0 not in {slipping(Random(0), 1.0)(value) - value for value in range(100)}
+
+
+@pytest.mark.parametrize(
+    ("response", "expected"),
+    [
+        ("19 - 4 = 15. Answer: 15", (1.0, "15")),
+        ("Answer:15", (1.0, "15")),
+        ("Answer:  15  \nand so on", (1.0, "15")),
+        ("Answer: 3\nno, Answer: 15", (1.0, "15")),  # the last one counts
+        ("Answer: 15\nno, Answer: 3", (0.0, "3")),
+        ("Answer: 15.5", (0.0, "15.5")),
+        ("Answer: the answer is 15", (0.0, "the answer is 15")),  # the gym's partial credit is no pass
+        ("Answer:", (0.0, None)),
+        ("Answer:\n15", (0.0, None)),
+        ("15", (0.0, None)),
+        ("", (0.0, None)),
+    ],
+)
+def test_score(response, expected):
+    assert score(response, CHAIN) == expected
+
+
+def test_score_of_a_task_that_is_not_embedded():
+    entry = {"answer": " x + 1 ", "metadata": {"source_dataset": "jsonl"}}
+    assert score("so Answer: x + 1", entry) == (1.0, "x + 1")
+    assert score("so Answer: 1 + x", entry) == (0.0, "1 + x")
+    assert score("x + 1", entry) == (0.0, None)
+
+
+def test_entries_are_the_data_set_s_own_from_anywhere():
+    data = dataset("chain_sum", 5)
+    assert list(itertools.islice(entries("chain_sum", 5, start=3), 2)) == [data[3], data[4]]
+    assert dataset("chain_sum", 6)[2]["question"] == data[3]["question"]  # entry i is drawn from seed + i
+    assert dataset("chain_sum", 5) is data
+
+
+def test_an_unknown_task_is_named():
+    with pytest.raises(ValueError, match="task 'algebra' is not embedded; known: chain_sum, leg_counting"):
+        get_task("algebra")
