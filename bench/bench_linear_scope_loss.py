@@ -1,0 +1,174 @@
+"""linear_scope_loss, forward and backward, against three bare matmuls (logits, dX, dW) of the same shape.
+
+    6*T*V*D flops for what computes the logits once, 8*T*V*D for what computes them twice
+
+Cases: `forward+backward` (RL 80 %, NLL 20 %, every stream on, peers beside it), `variations` (half of the rows without
+gradient, frozen head, small chunks, beside the full work), `memory` (its own larger shape).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from bench import harness, peers
+from bench.harness import OURS, Formula, Spec, Variant
+from bench.problems import ERROR_LIMITS, HeadProblem, Loss
+from scope_fast import linear_scope_loss
+
+STEM = "linear_scope_loss"
+COPY_BYTES = 2 << 30
+SMALL_CHUNK = {"cpu": 64, "cuda": 512}
+
+
+def specs(device: str, shape: tuple[int, int, int] | None, dtypes: tuple[str, ...] | None, peers: bool) -> list[Spec]:
+    """The problems of a run: the defaults of the device, or one shape."""
+    main = [shape] if shape else [(1024, 512, 32000)] if device == "cpu" else [(8192, 3584, 152064)]
+    dtypes = dtypes or (("float32", "bfloat16") if device == "cpu" else ("bfloat16",))
+    found = []
+    for size in main:
+        for dtype in dtypes:
+            found.append(Spec(STEM, "forward+backward", size, dtype, device, ("time", "memory"), peers))
+            measures = ("time", "memory") if device == "cuda" else ("time",)
+            found.append(Spec(STEM, "variations", size, dtype, device, measures))
+    if not shape:
+        large = (4096, 512, 64000)
+        found += [Spec(STEM, "memory", large, dtype, device, ("memory",), peers) for dtype in dtypes if device == "cpu"]
+    return found
+
+
+def make_problem(spec: Spec, exact: bool = True) -> HeadProblem:
+    return HeadProblem(spec, exact)
+
+
+def formula(spec: Spec) -> Formula:
+    T, D, V = spec.shape
+    return Formula(6 * T * V * D, "TFLOP/s", "6*T*V*D")
+
+
+def buffers(problem: HeadProblem) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits, dX and dW for the limits to write into, one set for all of them: at T=32768 the logits are 10 GB."""
+    if not hasattr(problem, "buffers"):
+        x, w = problem.hidden.detach(), problem.weight.detach()
+        logits = torch.zeros(x.shape[0], w.shape[0], dtype=x.dtype, device=x.device)
+        problem.buffers = logits, torch.empty_like(x), torch.empty_like(w)
+    return problem.buffers
+
+
+def matmuls(problem: HeadProblem):
+    """The three products as calls without allocation and page faults."""
+    x, w = problem.hidden.detach(), problem.weight.detach()
+    logits, dx, dw = buffers(problem)
+    return (
+        lambda: torch.mm(x, w.T, out=logits),
+        lambda: torch.mm(logits, w, out=dx),
+        lambda: torch.mm(logits.T, x, out=dw),
+    )
+
+
+def three_matmuls(problem: HeadProblem):
+    """Nothing between the products."""
+    products = matmuls(problem)
+
+    def run() -> None:
+        for product in products:
+            product()
+
+    return run
+
+
+def single_matmuls(spec: Spec) -> list[Variant]:
+    """Each of the three alone, for its own rate."""
+    T, D, V = spec.shape
+    formula = Formula(2 * T * V * D, "TFLOP/s", "2*T*V*D")
+    return [
+        Variant(f"matmul {name}", "limit", lambda problem, i=i: matmuls(problem)[i], formula=formula)
+        for i, name in enumerate(("logits", "dX", "dW"))
+    ]
+
+
+def three_matmuls_allocating(problem: HeadProblem):
+    x, w = problem.hidden.detach(), problem.weight.detach()
+
+    def run() -> None:
+        logits = x @ w.T
+        return logits @ w, logits.T @ x
+
+    return run
+
+
+def limits(spec: Spec) -> list[Variant]:
+    bare = Variant("three matmuls", "limit", three_matmuls, work="into existing buffers")
+    if spec.device == "cuda":
+        moved = Formula(COPY_BYTES, "GB/s", f"{COPY_BYTES >> 30} GiB, half read, half written")
+        copy = Variant("copy", "limit", lambda p: harness.copy_call(COPY_BYTES, "cuda"), formula=moved)
+        return [bare, *single_matmuls(spec), copy]
+    return [bare, Variant("three matmuls, allocating", "limit", three_matmuls_allocating, work="x @ w.T and so on")]
+
+
+def our_call(problem: HeadProblem, kind: str, backend: str, frozen: bool = False, **options):
+    streams, options = problem.ours(kind, **options)
+    weight = problem.weight.detach() if frozen else problem.weight
+
+    def run() -> Loss:
+        loss, _ = linear_scope_loss(problem.hidden, weight, streams, options, backend=backend)
+        return problem.gradients(loss, frozen)
+
+    return run
+
+
+def our_errors(problem: HeadProblem, output: Loss, kind: str, backend: str, **options) -> dict[str, float]:
+    """Errors of loss and gradients, and of the logprobs inside: the gap metric against the true ones (RL rows)."""
+    errors = problem.errors(output, kind)
+    streams, options = problem.ours(kind, **options)
+    probe = replace(streams, rollout_logprob=problem.logprob64.float())
+    with torch.no_grad():
+        _, metrics = linear_scope_loss(problem.hidden, problem.weight, probe, options, backend=backend)
+    return errors | {"logprob": metrics["sampling/gap_max"].item()}
+
+
+def our_variant(spec: Spec, backend: str, suffix: str, kind: str, work: str = "", frozen=False, **options) -> Variant:
+    name = f"{OURS} {backend}{suffix}"
+    if spec.dtype == "bfloat16":
+        name += ", bf16 logits" if options["logits_dtype"] == "bfloat16" else ", fp32 logits"
+    return Variant(
+        name, "ours",
+        prepare=lambda problem: our_call(problem, kind, backend, frozen, **options),
+        check=lambda problem, output: our_errors(problem, output, kind, backend, **options),
+        limits=ERROR_LIMITS[spec.dtype], work=work,
+    )  # fmt: skip
+
+
+def our_variants(spec: Spec, backend: str) -> list[Variant]:
+    logits = ("float32", "bfloat16") if spec.dtype == "bfloat16" else ("float32",)
+    if spec.case != "variations":
+        return [our_variant(spec, backend, "", "scope", logits_dtype=dtype) for dtype in logits]
+    T, chunk = spec.shape[0], min(SMALL_CHUNK[spec.device], spec.shape[0])
+    streaming = {"chunk_tokens": 0, "logits_dtype": "float32"}
+    extra = [our_variant(spec, backend, ", streaming", "plain", "8*T*V*D, no logits", **streaming)]
+    return (extra if backend == "triton" else []) + [
+        variant
+        for dtype in logits
+        for variant in (
+            our_variant(spec, backend, "", "plain", "all rows", logits_dtype=dtype),
+            our_variant(
+                spec, backend, ", half", "half", f"{T // 2} rows of advantage 0: no gradient", logits_dtype=dtype
+            ),
+            our_variant(spec, backend, ", frozen head", "plain", "no dW", frozen=True, logits_dtype=dtype),
+            our_variant(
+                spec, backend, f", chunk {chunk}", "plain", "least memory", chunk_tokens=chunk, logits_dtype=dtype
+            ),
+        )
+    ]
+
+
+def variants(spec: Spec) -> list[Variant]:
+    found = limits(spec) if "time" in spec.measures else []
+    found += harness.ours(STEM, spec.device, lambda b: our_variants(spec, b), reference=spec.case != "variations")
+    eager = peers.loss_variants(spec)
+    return found + (eager if spec.peers else eager[:1] if spec.case != "variations" else [])
+
+
+def test_linear_scope_loss(benchmark, prepared):
+    benchmark.pedantic(prepared, rounds=5)

@@ -1,0 +1,119 @@
+"""weight_bucket.pack: a model's tensors into flat buckets, against a plain copy of as many bytes.
+
+    bytes: what is read plus what is written
+
+shape: (L, D, M): L transformer layers of Qwen2's shapes with hidden size D and intermediate size M. The default on a
+CPU fills 64 MiB in the wire dtype; on a GPU it is the parameter list of Qwen2.5-7B in buckets of 256 MiB.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from bench import harness
+from bench.harness import OURS, Formula, Spec, Tensors, Variant
+from scope_fast import weight_bucket
+
+STEM = "weight_bucket"
+HEAD_DIM = 128
+KV_SHARE = 7  # query heads per key-value head
+VOCAB_SIZE = 152064
+BUCKET_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
+CASES = {"same dtype": lambda dtype: dtype, "cast to bf16": lambda dtype: "float32"}  # the parameters' dtype
+
+
+def specs(device: str, shape: tuple[int, int, int] | None, dtypes: tuple[str, ...] | None, peers: bool) -> list[Spec]:
+    size = shape or ((2, 896, 4864) if device == "cpu" else (28, 3584, 18944))
+    return [Spec(STEM, case, size, "bfloat16", device, ("time",), peers) for case in CASES]
+
+
+def shapes(spec: Spec) -> list[tuple[int, ...]]:
+    """The parameters of L layers in order, with their biases and norms; on a GPU with embedding, head and last norm."""
+    L, D, M = spec.shape
+    kv = max(D // KV_SHARE, 1)
+    layer = [(D, D), (D,), (kv, D), (kv,), (kv, D), (kv,), (D, D), (M, D), (M, D), (D, M), (D,), (D,)]
+    ends = [(VOCAB_SIZE, D), (VOCAB_SIZE, D), (D,)] if spec.device == "cuda" and L >= 28 else []
+    return layer * L + ends
+
+
+def make_problem(spec: Spec, exact: bool = True) -> Tensors:
+    """buckets: lists of tensors, each list packed into `out` in the dtype `wire`."""
+    r = torch.Generator(spec.device).manual_seed(0)
+    source = getattr(torch, CASES[spec.case](spec.dtype))
+    wire = getattr(torch, spec.dtype)
+    tensors = [torch.empty(s, dtype=source, device=spec.device).uniform_(generator=r) for s in shapes(spec)]
+    buckets: list[list[torch.Tensor]] = [[]]
+    room = BUCKET_BYTES[spec.device]
+    for tensor in tensors:
+        size = tensor.numel() * wire.itemsize
+        if size > room and buckets[-1]:
+            buckets.append([])
+            room = BUCKET_BYTES[spec.device]
+        buckets[-1].append(tensor)
+        room -= size
+    largest = max(weight_bucket.layout(bucket, wire)[1] for bucket in buckets)
+    out = torch.zeros(largest, dtype=torch.uint8, device=spec.device)
+    return Tensors(spec=spec, buckets=buckets, out=out, wire=wire)
+
+
+def formula(spec: Spec) -> Formula:
+    count = sum(torch.Size(s).numel() for s in shapes(spec))
+    read, written = getattr(torch, CASES[spec.case](spec.dtype)).itemsize, getattr(torch, spec.dtype).itemsize
+    return Formula(count * (read + written), "GB/s", f"{read} bytes read + {written} written per parameter")
+
+
+def our_call(p: Tensors, backend: str):
+    def run() -> None:
+        for bucket in p.buckets:
+            weight_bucket.pack(bucket, p.wire, p.out, backend=backend)
+
+    return run
+
+
+def tensor_by_tensor(p: Tensors):
+    """What a sync without buckets starts from: one copy_ per parameter."""
+
+    def run() -> None:
+        for bucket in p.buckets:
+            for view, tensor in zip(weight_bucket.unpack(p.out, tables[id(bucket)]), bucket, strict=True):
+                view.copy_(tensor)
+
+    tables = {id(bucket): weight_bucket.layout(bucket, p.wire)[0] for bucket in p.buckets}
+    return run
+
+
+def flat_cat(p: Tensors):
+    """torch.cat of the flattened, cast tensors of each bucket."""
+
+    def run() -> None:
+        for bucket in p.buckets:
+            torch.cat([x.to(p.wire).view(-1) for x in bucket])
+
+    return run
+
+
+def errors(p: Tensors, output) -> dict[str, float]:
+    """Parameters of the last bucket whose bytes are not the cast tensor's."""
+    table, _ = weight_bucket.layout(p.buckets[-1], p.wire)
+    views = weight_bucket.unpack(p.out, table)
+    return {"bytes": float(sum(not torch.equal(v, x.to(p.wire)) for v, x in zip(views, p.buckets[-1], strict=True)))}
+
+
+def variants(spec: Spec) -> list[Variant]:
+    checked = {"check": errors, "limits": {"bytes": 0.0}}
+
+    def ours(backend: str) -> list[Variant]:
+        return [Variant(f"{OURS} {backend}", "ours", lambda problem: our_call(problem, backend), **checked)]
+
+    found = [
+        Variant(
+            "copy", "limit", lambda p: harness.copy_call(int(formula(spec).amount), spec.device), work="as many bytes"
+        )
+    ]
+    found += harness.ours(STEM, spec.device, ours)
+    found.append(Variant("copy_ per tensor", "peer", tensor_by_tensor, **checked))
+    return [*found, Variant("torch.cat", "peer", flat_cat, work="allocates the bucket")] if spec.peers else found
+
+
+def test_weight_bucket(benchmark, prepared):
+    benchmark.pedantic(prepared, rounds=5)
