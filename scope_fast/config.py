@@ -1,0 +1,366 @@
+"""Configuration: typed, validated, one class per room. YAML files and `--dotted.key value` overrides end up here.
+
+Leaf module. Every choice the sources leave open is a field whose description says "our reading; not stated in the
+sources" (SCOPE, arXiv 2602.24110, as far as its text was available to us).
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from scope_fast.batch import LossOptions
+
+OURS = "our reading; not stated in the sources"
+PRESETS = Path(__file__).parent / "configs"
+
+Positive = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**20)]  # Random(-n) is Random(n), and seeds are spread by a million each
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+class WarmStart(_Section):
+    """How the tiny student, its reward model and its stronger sister are made (scope_fast/warm_start.py)."""
+
+    hidden_size: Positive = 128
+    num_layers: Positive = 3
+    num_heads: Positive = 4
+    num_kv_heads: Positive = 2
+    intermediate_size: Positive = 240
+    vocab_size: Positive = 512
+    tie_embeddings: bool = True
+    student_steps: Positive = Field(900, description="optimiser steps on imperfect worked solutions")
+    teacher_steps: Positive = Field(300, description="further steps of the stronger model, on flawless solutions")
+    prm_steps: Positive = Field(1200, description="optimiser steps of the process reward model on step labels")
+    slip_rate: Share = Field(0.1, description="share of the student's training steps with a wrong result")
+    prm_slip_rate: Share = Field(0.3, description="share of wrong steps in the reward model's training solutions")
+    batch_sequences: Positive = 64
+    lr: float = Field(3e-3, gt=0)
+    seed: Seed = 0
+
+
+class Model(_Section):
+    """The student. path: a Hugging Face folder or hub name, or "tiny" for the warm-started embedded model."""
+
+    path: str = "tiny"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+class Data(_Section):
+    """Where prompts come from. tasks: embedded reasoning-gym generators; path: a data set instead.
+
+    path: a JSONL file; or, with the extra "data", a parquet, JSON, CSV or arrow file, a folder or a hub name. Columns
+    are found by the usual conventions (scope_fast/sources.py). Rows without a prompt or an answer are an error.
+    """
+
+    tasks: list[str] = Field(default_factory=lambda: ["chain_sum", "leg_counting"], min_length=1)
+    path: str | None = None
+    subset: str | None = Field(None, description="configuration of a hub data set")
+    split: str = Field("train", description="split of a hub data set, or of a folder of splits")
+    prompt_column: str | None = Field(None, description='"a.b" looks inside column a')
+    answer_column: str | None = None
+    choices_column: str | None = Field(None, description="options of multiple-choice questions")
+    distractor_columns: list[str] = Field([], description="the wrong options, where the answer column is the right one")
+    instruction: str = Field("", description="a line added to every prompt, say how to write the answer")
+    dedup: bool = Field(False, description="drop rows of a prompt that came before; they are counted in any case")
+    min_prompt_tokens: Positive = 1
+    max_prompt_tokens: Positive | None = Field(None, description="None: what rollout.context leaves")
+    heldout: Positive = Field(256, description="prompts set aside for evaluation; never trained on")
+
+
+class Rollout(_Section):
+    """Sampling from the student."""
+
+    engine: Literal["auto", "vllm", "transformers"] = "auto"
+    prompts_per_step: Positive = 16
+    group_size: int = Field(8, ge=2, description="rollouts per prompt, G")
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1.0, description="keep 1.0: the learner's logprobs know no nucleus")
+    max_tokens: Positive = 128
+    context: Positive = Field(256, description="prompt and response together; longer prompts are skipped and counted")
+    kv_cache_gib: float = Field(1.0, gt=0, description="vLLM's cache on CPU")
+    num_threads: Positive | None = Field(None, description="torch's threads while sampling on CPU; None: all")
+
+
+class Verifier(_Section):
+    """score: "module:function" taking (response, entry) and returning (reward, answer); runs in killable workers."""
+
+    score: str = "scope_fast.tasks:score"
+    workers: Positive = 2
+    timeout_s: float = Field(5.0, gt=0)
+
+
+class Prm(_Section):
+    """The process reward model. kind "token_classifier" scores steps with `path`; "exact" asks the task's own checker.
+
+    path: a Hugging Face token-classification folder, or "tiny" for the warm-started one.
+    monitor: score the failed rollouts of methods that do not need it too, for the near-miss metrics.
+    """
+
+    kind: Literal["token_classifier", "exact"] = "token_classifier"
+    path: str = "tiny"
+    monitor: bool = True
+    tau: Share = Field(0.5, description="a step stands while its probability is at least this (SCOPE: 0.5)")
+    token_budget: Positive = Field(1024, description="tokens of one scoring pass")
+
+
+class Teacher(_Section):
+    """kind "solver" continues with the task's own worked solution, "model" samples from a stronger model at `path`."""
+
+    kind: Literal["solver", "model"] = "solver"
+    path: str = Field(
+        "tiny", description='a Hugging Face folder sharing the tokenizer, or "tiny" for the warm-started one'
+    )
+    temperature: float = Field(0.0, ge=0)
+    timeout_s: float = Field(60.0, gt=0)
+    max_tokens: Positive = Field(128, description="budget of a suffix; one that does not finish within it is rejected")
+
+
+class Scope(_Section):
+    """Which failed rollouts are repaired, and how."""
+
+    max_repaired_per_group: Positive = Field(1, description=OURS)
+    repair_below: Annotated[float, Field(gt=0, le=1.0)] = Field(
+        0.5, description=f"only groups with a success rate below this are repaired (as AMPO); {OURS}"
+    )
+    length_penalty: bool = Field(True, description=f"alpha and beta, exp(-z^2/2) of the lengths; False: both 1; {OURS}")
+    selection: Literal["score", "random"] = Field("score", description="random: the ablation of the score")
+
+
+class Loss(_Section):
+    """The objective. Fields named as in `LossOptions` are passed on to it."""
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float | None = None
+    policy_loss: Literal["ppo", "cispo"] = "ppo"
+    kl: Literal["none", "k1", "k2", "k3"] = "none"
+    kl_coef: float = Field(0.0, ge=0)
+    entropy_coef: float = 0.0
+    importance_cap: float | None = None
+    nll_weight: Literal["constant", "advantage", "shaped", "entropy"] = Field("constant", description=OURS)
+    nll_coef: float = Field(0.3, ge=0, description=f"scale of the likelihood on the suffix; {OURS}")
+    nll_normalizer: Literal["own", "joint"] = Field(
+        "own", description=f"divide by the count of NLL tokens, or of all trained tokens (as LUFFY); {OURS}"
+    )
+    advantage_std: bool = Field(False, description=f"divide advantages by the group's standard deviation; {OURS}")
+    baseline_includes_repaired: bool = Field(
+        True, description=f"baseline over the group after replacement, or over its original rewards; {OURS}"
+    )
+    logits_dtype: Literal["float32", "bfloat16"] = "float32"
+    chunk_tokens: int | None = None
+    backend: Literal["reference", "triton", "cpu"] | None = None
+
+    def options(self, temperature: float) -> LossOptions:
+        """The op's options; advantage-weighted likelihood is folded into the weights, so it is "constant" there."""
+        mine = self.model_dump(include=set(LossOptions.__dataclass_fields__))
+        shape = "constant" if self.nll_weight == "advantage" else self.nll_weight
+        return LossOptions(**mine, nll_shape=shape, temperature=temperature)
+
+
+class Learner(_Section):
+    """The optimiser and its batches."""
+
+    lr: float = Field(1e-6, gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup_steps: int = Field(0, ge=0)
+    schedule: Literal["constant", "cosine"] = "constant"
+    max_grad_norm: float = Field(1.0, gt=0)
+    token_budget: Positive = Field(1024, description="packed tokens of one micro-batch")
+    minibatches: Positive = Field(1, description="optimiser steps an epoch; 1 with epochs 1 needs no old logprobs")
+    epochs: Positive = 1
+
+
+class Evaluation(_Section):
+    """Held-out evaluation inside a run: before the first and after the last step."""
+
+    prompts: Positive = 256
+    samples: Positive = 2
+    temperature: float = Field(1.0, ge=0)
+
+
+class Checkpoint(_Section):
+    """every: steps between checkpoints (0: only at the end). keep: how many stay on disk."""
+
+    every: int = Field(20, ge=0)
+    keep: Positive = 2
+
+
+class Logging(_Section):
+    """tensorboard and the two JSONL files are always written."""
+
+    wandb_project: str | None = None
+    report: bool = Field(True, description="write report.html at the end")
+
+
+class Config(_Section):
+    """A whole run."""
+
+    method: Literal["scope", "grpo", "replace", "prm_reward", "sft"] = "scope"
+    steps: Positive = 60
+    seed: Seed = 0
+    out: str = Field("runs/{method}-seed{seed}", description="run directory; {method} and {seed} are filled in")
+    cache: str = Field("~/.cache/scope_fast", description="warm-started models, by a hash of their settings")
+    model: Model = Model()
+    data: Data = Data()
+    warm_start: WarmStart = WarmStart()
+    rollout: Rollout = Rollout()
+    verifier: Verifier = Verifier()
+    prm: Prm = Prm()
+    teacher: Teacher = Teacher()
+    scope: Scope = Scope()
+    loss: Loss = Loss()
+    learner: Learner = Learner()
+    evaluation: Evaluation = Evaluation()
+    checkpoint: Checkpoint = Checkpoint()
+    logging: Logging = Logging()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        try:
+            self.loss.options(self.rollout.temperature)
+        except ValueError as error:
+            raise ValueError(f"loss.{error}") from None
+        try:
+            str(self.run_dir)
+        except (KeyError, IndexError, ValueError) as error:
+            raise ValueError(f"out={self.out!r}: only {{method}} and {{seed}} are filled in ({error})") from None
+        if self.rollout.max_tokens >= self.rollout.context:
+            raise ValueError(
+                f"rollout.max_tokens={self.rollout.max_tokens} leaves no room for a prompt in "
+                f"rollout.context={self.rollout.context}"
+            )
+        if self.learner.minibatches > self.rollout.prompts_per_step:
+            raise ValueError(
+                f"learner.minibatches={self.learner.minibatches} exceeds "
+                f"rollout.prompts_per_step={self.rollout.prompts_per_step}: groups are not split"
+            )
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        """The run directory, placeholders filled in."""
+        return Path(self.out.format(method=self.method, seed=self.seed)).expanduser()
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML that `load` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def digest(*settings: Any) -> str:
+    """A short hash that names plain settings: equal settings, equal name."""
+    text = json.dumps(settings, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def load(path: str | Path | None = None, overrides: Iterable[tuple[str, str]] = ()) -> Config:
+    """A `Config` from a YAML file (None: the quickstart) and (dotted key, YAML value) pairs, later ones winning.
+
+    Raises ValueError naming the key: unknown ones with the nearest valid name, wrong values with what is expected;
+    FileNotFoundError when `path` is neither a file nor the name of a preset.
+    """
+    file = find(path)
+    raw = _parse(file.read_text(encoding="utf-8"), str(file)) or {}
+    if not isinstance(raw, dict):
+        raise ValueError(f"{file}: expected a mapping of keys, got {type(raw).__name__}")
+    for key, text in overrides:
+        _set(raw, key, _parse(text, f"--{key}"))
+    _reject_unknown(raw, Config, "")
+    try:
+        return Config(**raw)
+    except ValidationError as error:
+        raise ValueError(_explain(error)) from None
+
+
+def find(path: str | Path | None) -> Path:
+    """The file behind a configuration argument: a path, a preset's name, or None for the quickstart.
+
+    A preset is also found as configs/NAME.yaml, its place in the repository, from everywhere.
+    """
+    name = str(path or "quickstart")
+    preset = name.removeprefix("configs/").removesuffix(".yaml")
+    for candidate in (Path(name), PRESETS / f"{preset}.yaml"):
+        if candidate.is_file():
+            return candidate
+    presets = ", ".join(sorted(p.stem for p in PRESETS.glob("*.yaml")))
+    raise FileNotFoundError(f"no configuration file {name}; presets: {presets}")
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where}: not YAML: {error}") from None
+
+
+def _set(raw: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        if raw.get(parent) is None:  # absent, or a section whose every key is commented out
+            raw[parent] = {}
+        raw = raw[parent]
+        if not isinstance(raw, dict):
+            raise ValueError(f"--{dotted}: {parent} is a value, not a section")
+    raw[last] = value
+
+
+def _reject_unknown(raw: dict[str, Any], section: type[BaseModel], prefix: str) -> None:
+    for key, value in raw.items():
+        if key not in section.model_fields:
+            here = ", ".join(f"{prefix}{name}" for name in section.model_fields)
+            near = _nearest(prefix, str(key), section.model_fields)
+            hint = f"did you mean {near}?" if near else f"known here: {here}"
+            raise ValueError(f"unknown key {prefix}{key}; {hint}")
+        child = section.model_fields[key].annotation
+        if isinstance(child, type) and issubclass(child, BaseModel):
+            if value is None:  # a section whose every key is commented out
+                raw[key] = value = {}
+            if not isinstance(value, dict):
+                raise ValueError(f"{prefix}{key}: expected a section, got {value!r}")
+            _reject_unknown(value, child, f"{prefix}{key}.")
+
+
+def _nearest(prefix: str, key: str, here: Iterable[str]) -> str:
+    """What was most likely meant: a key of the same section, else that name in others; "" if nothing is near."""
+    if near := difflib.get_close_matches(key, here, 1, 0.6):
+        return prefix + near[0]
+    everywhere = [(name.split(".")[-1], name) for name in _all_keys(Config)]
+    near = difflib.get_close_matches(key, [last for last, _ in everywhere], 1, 0.6)
+    return " or ".join(name for last, name in everywhere if near and last == near[0])
+
+
+def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, info in section.model_fields.items():
+        keys.append(f"{prefix}{name}")
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            keys += _all_keys(info.annotation, f"{prefix}{name}.")
+    return keys
+
+
+def _explain(error: ValidationError) -> str:
+    parts = []
+    for problem in error.errors():
+        where = ".".join(str(part) for part in problem["loc"])
+        message = problem["msg"].removeprefix("Value error, ")
+        given = f", got {problem['input']!r}" if where and not isinstance(problem["input"], dict) else ""
+        near = ""
+        if problem["type"] == "literal_error":
+            names = [name.strip(" '") for name in problem["ctx"]["expected"].replace(" or ", ",").split(",")]
+            close = difflib.get_close_matches(str(problem["input"]), names, 1, 0.5)
+            near = f"; did you mean {close[0]}?" if close else ""
+        parts.append(f"{where}: {message}{given}{near}" if where else message)
+    return "; ".join(parts)

@@ -1,0 +1,87 @@
+"""How different the rollouts of one prompt are: distinct-n, unique answers, self-BLEU, self-ROUGE. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from itertools import combinations
+from statistics import fmean, median
+
+INSTALL = "pip install 'scope-fast[eval]'"
+
+
+def distinct_n(sequences: Sequence[Sequence[Hashable]], n: int) -> float | None:
+    """Distinct n-grams over all n-grams of `sequences` together (Li et al. 2016, arXiv 1510.03055), in (0, 1].
+
+    sequences: token ids (or strings) of the rollouts of one prompt. n-grams do not cross sequences.
+    None where no sequence is n tokens long: the share is undefined. Raises ValueError for n < 1.
+    """
+    if n < 1:
+        raise ValueError(f"n={n}: expected an n-gram length of at least 1")
+    seen: set[tuple[Hashable, ...]] = set()
+    total = 0
+    for sequence in sequences:
+        count = len(sequence) - n + 1
+        if count > 0:
+            total += count
+            seen.update(zip(*(sequence[i : i + count] for i in range(n)), strict=True))
+    return len(seen) / total if total else None
+
+
+def unique_answers(answers: Sequence[str | None]) -> int:
+    """How many different final answers there are, ignoring surrounding spaces; None (no answer found) is not one."""
+    return len({answer.strip() for answer in answers if answer is not None})
+
+
+def diversity_metrics(
+    groups: Sequence[Sequence[Sequence[Hashable]]], answers: Sequence[Sequence[str | None]]
+) -> dict[str, float]:
+    """diversity/{distinct_1,distinct_4,unique_answers} over prompts.
+
+    groups[i], answers[i]: the token sequences and the final answers of prompt i's rollouts. distinct-n is taken within
+    each prompt, then the median over prompts (the paper's table says "median"); unique answers is a mean of counts.
+    What is undefined is left out. Raises ValueError where groups and answers count different prompts.
+    """
+    if len(groups) != len(answers):
+        raise ValueError(f"groups has {len(groups)} prompts, answers has {len(answers)}")
+    result = {}
+    for n in (1, 4):
+        shares = [share for group in groups if (share := distinct_n(group, n)) is not None]
+        if shares:
+            result[f"diversity/distinct_{n}"] = float(median(shares))
+    if answers:
+        result["diversity/unique_answers"] = fmean(map(unique_answers, answers))
+    return result
+
+
+def self_bleu(texts: Sequence[str]) -> float | None:
+    """Mean BLEU-4 of each text with the others as its references (Zhu et al. 2018, arXiv 1802.01886), in [0, 1]: 1 for
+    equal texts. It grows with the number of texts, so compare equal numbers. None for fewer than two.
+
+    sacrebleu's sentence BLEU over 100: 13a tokens, exponential smoothing, effective order. ImportError without it.
+    """
+    try:
+        from sacrebleu.metrics import BLEU
+    except ModuleNotFoundError as error:
+        raise ImportError(f"self-BLEU needs sacrebleu: {INSTALL}") from error
+    if len(texts) < 2:
+        return None
+    bleu = BLEU(effective_order=True)
+    others = [[*texts[:i], *texts[i + 1 :]] for i in range(len(texts))]
+    return fmean(bleu.sentence_score(text, rest).score / 100.0 for text, rest in zip(texts, others, strict=True))
+
+
+def self_rouge(texts: Sequence[str], max_words: int = 256) -> float | None:
+    """Mean ROUGE-L F1 over all pairs of texts, in [0, 1]: 1 for equal texts. None for fewer than two.
+
+    Only the first `max_words` words of a text are compared: the longest common subsequence costs their product, in
+    Python (rouge-score; lower case, letters and digits alone, no stemming). ImportError without it.
+    """
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ModuleNotFoundError as error:
+        raise ImportError(f"self-ROUGE needs rouge-score: {INSTALL}") from error
+    if len(texts) < 2:
+        return None
+    scorer = RougeScorer(["rougeL"])
+    heads = [" ".join(text.split()[:max_words]) for text in texts]
+    return fmean(scorer.score(a, b)["rougeL"].fmeasure for a, b in combinations(heads, 2))

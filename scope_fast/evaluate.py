@@ -1,0 +1,350 @@
+"""`python -m scope_fast.evaluate MODEL_OR_RUN`: how good, how sure, and how diverse a model's answers are.
+
+MODEL_OR_RUN is a Hugging Face folder or hub name, "tiny" (the embedded student), or a run directory: then its export/
+is evaluated under its own config.yaml. What is asked:
+    by default          the embedded tasks of the configuration, on prompts no run trains on; of a run with data.path,
+                        the rows it held out
+    --data.path FILE    every row of a data set             --suite FILE    every row of a list of benchmarks
+Any configuration key may follow, as for `scope_fast.train`: --rollout.max_tokens 2048 --verifier.score my.module:score
+The result is a table, and a JSON file (RUN/evaluation.json, or where --json says). scorecard.py says what is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+from rich.console import Console
+from transformers.utils.logging import disable_progress_bar
+
+from scope_fast import diversity, warm_start
+from scope_fast.config import Config, load
+from scope_fast.data import Encoder, PromptSource
+from scope_fast.prm.scorers import ExactScorer, StepScorer
+from scope_fast.progress import progress_bars
+from scope_fast.rollout import make_engine
+from scope_fast.rollout.base import Rollout, RolloutEngine, Sampling
+from scope_fast.scope.localize import first_error, valid_probs
+from scope_fast.scope.steps import TokenBytes, split_steps
+from scope_fast.scope.trajectory import Prompt, Trajectory
+from scope_fast.scorecard import Result, average, score_benchmark, tables
+from scope_fast.sources import read_rows
+from scope_fast.suite import Suite, dotted, load_suite
+from scope_fast.tasks import TASKS, get_task
+from scope_fast.train import engine_options, make_scorer, overrides
+from scope_fast.verifier import Verifier
+
+USAGE = "python -m scope_fast.evaluate MODEL_OR_RUN [options] [--dotted.key value ...]"
+KS = (1, 4, 8)
+SIMILARITY = {
+    "diversity/self_bleu": ("sacrebleu", diversity.self_bleu),
+    "diversity/self_rouge": ("rouge_score", diversity.self_rouge),
+}
+
+console = Console(highlight=False)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One benchmark, ready to be asked. counts: rows that were passed over."""
+
+    name: str
+    prompts: list[Prompt]
+    samples: int
+    score: str
+    counts: dict[str, int]
+    group: str | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """A command line, understood. run: the run directory, if that is what was named."""
+
+    folder: str
+    run: Path | None
+    config: Config
+    suite: Suite | None
+    ks: tuple[int, ...]
+    samples: int | None
+    temperature: float
+    prompts: int | None
+    own_data: bool
+    tasks: tuple[str, ...]
+    prm: str | None
+    json: Path | None
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if argv is None else argv
+    disable_progress_bar()  # of transformers' loading
+    with ExitStack() as stack:
+        try:
+            request = parse(arguments)
+            evaluator = Evaluator(request, stack)
+        except (ValueError, OSError, ImportError) as error:
+            console.print(f"error: {error}", markup=False, soft_wrap=True)
+            return 2
+        results = [evaluator.run(job) for job in evaluator.jobs]
+    groups = list(dict.fromkeys(r.group for r in results if r.group is not None))
+    averages = [average(name, members) for name in groups if len(members := _members(results, name)) > 1]
+    for table in tables([*results, *averages], console.width):
+        console.print(table)
+    for missing in sorted(package for package, _ in SIMILARITY.values() if find_spec(package) is None):
+        line = f"{missing} is not installed, so its measure is left out: {diversity.INSTALL}"
+        console.print(line, markup=False, soft_wrap=True)
+    if request.json is not None:
+        request.json.parent.mkdir(parents=True, exist_ok=True)
+        request.json.write_text(json.dumps(record(request, results, averages), indent=1) + "\n", encoding="utf-8")
+        console.print(f"written: {request.json}", markup=False, soft_wrap=True)
+    return 0
+
+
+def _members(results: list[Result], group: str) -> list[Result]:
+    return [result for result in results if result.group == group]
+
+
+def parse(arguments: list[str]) -> Request:
+    """A command line, validated. ValueError, or FileNotFoundError, for what cannot be; --help exits."""
+    parser = argparse.ArgumentParser(
+        usage=USAGE, description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--task", help="of the suite's benchmarks or the embedded tasks, only these: a,b")
+    add("--k", help=f"k of pass@k and maj@k, say 1,4,8 (default: {','.join(map(str, KS))})")
+    add("--samples", type=int, help="responses to a problem (default: the suite's, or the largest k)")
+    add("--temperature", type=float, help="(default: evaluation.temperature)")
+    add("--prompts", type=int, help="most problems of a benchmark (default: evaluation.prompts, or all rows)")
+    add("--engine", help="auto, vllm or transformers (default: rollout.engine)")
+    add("--seed", type=int, help="of the samples and of the bootstrap")
+    add(
+        "--prm", help="folder of a process reward model for the near-miss share (default: embedded tasks' own checkers)"
+    )
+    add("--suite", help="a suite's YAML file or preset, say eval/paper")
+    add("--data-dir", help="read the suite's benchmarks from files NAME.jsonl or NAME.parquet of this folder")
+    add("--json", type=Path, help="where the results go (default: evaluation.json in the run directory)")
+    if arguments and arguments[0] in ("-h", "--help"):
+        parser.print_help()
+        raise SystemExit(0)
+    if not arguments or arguments[0].startswith("-"):
+        raise ValueError(f"usage: {USAGE}")
+    options, rest = parser.parse_known_args(arguments[1:])
+    if options.data_dir and not options.suite:
+        raise ValueError("--data-dir holds the files of a suite: name it with --suite")
+    suite = load_suite(options.suite, options.data_dir) if options.suite else None
+    pairs = overrides(rest)
+    named = {"rollout.engine": options.engine, "seed": options.seed, "evaluation.temperature": options.temperature}
+    pairs += [(key, str(value)) for key, value in named.items() if value is not None]
+    run, folder, base = locate(arguments[0])
+    config = load(base, [*(dotted(suite.config) if suite else ()), *pairs])
+    own_data = suite is None and "data.path" not in dict(pairs)
+    return _checked(
+        Request(
+            folder or str(_tiny(config)), run, config, suite, _ks(options.k), options.samples,
+            config.evaluation.temperature, options.prompts, own_data,
+            tuple(name.strip() for name in options.task.split(",")) if options.task else (),
+            options.prm, options.json or (run / "evaluation.json" if run else None),
+        )
+    )  # fmt: skip
+
+
+def locate(name: str) -> tuple[Path | None, str | None, Path | None]:
+    """(run directory, model folder or hub name, configuration file) of MODEL_OR_RUN; no folder for "tiny"."""
+    path = Path(name)
+    if (path / "config.yaml").is_file():
+        if not (path / "export" / "config.json").is_file():
+            raise ValueError(f"{name} is a run without an export: it has not finished")
+        return path, str(path / "export"), path / "config.yaml"
+    if path.exists() and not (path / "config.json").is_file():
+        raise ValueError(f"{name} is neither a run directory (config.yaml) nor a Hugging Face folder (config.json)")
+    return None, None if name == "tiny" else name, None
+
+
+def _tiny(config: Config) -> Path:
+    with progress_bars(console) as progress:
+        return warm_start.ensure(config, "student", progress)
+
+
+def _ks(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    if not all(part.strip().isdigit() and int(part) for part in text.split(",")):
+        raise ValueError(f"--k {text}: expected numbers from 1 on, say 1,4,8")
+    return tuple(sorted({int(part) for part in text.split(",")}))
+
+
+def _checked(request: Request) -> Request:
+    """Fills in the defaults of --k, and refuses what cannot be evaluated."""
+    for name in ("samples", "prompts"):
+        if getattr(request, name) is not None and getattr(request, name) < 1:
+            raise ValueError(f"--{name} {getattr(request, name)}: expected at least 1")
+    ks = request.ks or tuple(k for k in KS if request.samples is None or k <= request.samples)
+    if request.samples is not None and request.samples < ks[-1]:
+        raise ValueError(f"--k {ks[-1]} needs at least as many samples, --samples is {request.samples}")
+    known = list(request.suite.benchmarks) if request.suite else sorted(TASKS)
+    for task in request.tasks:
+        if task not in known:
+            raise ValueError(f"--task {task}: known here: {', '.join(known)}")
+    if request.tasks and request.suite is None and request.config.data.path is not None:
+        raise ValueError("--task names embedded tasks or benchmarks of a suite, and data.path is neither")
+    return replace(request, ks=ks)
+
+
+class Evaluator:
+    """The parts of an evaluation; `run` asks one job. `stack` closes them. Everything that can be wrong with the input
+    is found here, before anything is sampled."""
+
+    def __init__(self, request: Request, stack: ExitStack) -> None:
+        self.request, self.config = request, request.config
+        self.tokenizer = load_tokenizer(request.folder)
+        self.jobs = suite_jobs(request, self.tokenizer) if request.suite else plain_jobs(request, self.tokenizer)
+        if request.temperature == 0.0 and any(job.samples > 1 for job in self.jobs):
+            raise ValueError("temperature 0 draws the same response every time: add --k 1 --samples 1")
+        settings = self.config.verifier
+        self.verifiers = {
+            score: stack.enter_context(Verifier(score, settings.workers, settings.timeout_s))
+            for score in sorted({job.score for job in self.jobs})
+        }
+        self.prm: StepScorer | None = None
+        if request.prm is not None:
+            self.prm = make_scorer(self.config, request.prm, self.tokenizer)
+        engine = make_engine(self.config.rollout.engine, request.folder, engine_options(self.config))
+        self.engine: RolloutEngine = stack.enter_context(closing(engine))
+
+    def run(self, job: Job) -> Result:
+        """The samples of a job, verified, localised and scored."""
+        console.print(f"{job.name}: {len(job.prompts)} problems x {job.samples} samples", markup=False)
+        groups = self.sample(job)
+        members = [t for group in groups for t in group]
+        verdicts = self.verifiers[job.score].score([(t.text, t.prompt.entry) for t in members])
+        for trajectory, verdict in zip(members, verdicts, strict=True):
+            trajectory.reward, trajectory.verdict, trajectory.answer = verdict.reward, verdict.status, verdict.answer
+        invalid = self.localize([t for t in members if t.failed])
+        ks = [k for k in self.request.ks if k <= job.samples]
+        counts = {**job.counts, "prm/invalid": invalid}
+        return score_benchmark(
+            job.name, groups, ks, similarity=similarity(), counts=counts, group=job.group, seed=self.config.seed
+        )
+
+    def sample(self, job: Job) -> list[list[Trajectory]]:
+        """Every response has a seed of what it answers, so that the same evaluation draws the same."""
+        rollout = self.config.rollout
+        sampling = Sampling(self.request.temperature, rollout.top_p, rollout.max_tokens)
+        seeds = [[_seed(self.config.seed, job.name, p.id, i) for i in range(job.samples)] for p in job.prompts]
+        outputs = self.engine.generate([list(p.ids) for p in job.prompts], job.samples, sampling, seeds)
+        return [
+            [self._trajectory(prompt, number, i, rollout) for i, rollout in enumerate(rollouts)]
+            for number, (prompt, rollouts) in enumerate(zip(job.prompts, outputs, strict=True))
+        ]
+
+    def _trajectory(self, prompt: Prompt, group: int, sample: int, rollout: Rollout) -> Trajectory:
+        text = self.tokenizer.decode(rollout.token_ids, skip_special_tokens=True)
+        return Trajectory(
+            prompt, group, sample, rollout.token_ids, rollout.logprobs, rollout.finish_reason,
+            rollout.weight_version, text=text,
+        )  # fmt: skip
+
+    def localize(self, failed: list[Trajectory]) -> int:
+        """First errors, by the model of --prm, else by the checker of an embedded task; how many were unusable."""
+        scorer = self.prm or ExactScorer(self.tokenizer)
+        members = [t for t in failed if self.prm is not None or t.prompt.task in TASKS]
+        token_bytes = TokenBytes(self.tokenizer) if members else None
+        for t in members:
+            t.steps = split_steps(token_bytes(t.token_ids), trailing_eos=t.finish_reason == "stop")
+        members = [t for t in members if t.steps]
+        invalid = 0
+        for trajectory, probs in zip(members, scorer(members), strict=True):
+            if len(probs) == len(trajectory.steps) and valid_probs(probs):
+                trajectory.first_error = first_error(probs, self.config.prm.tau)
+            else:
+                invalid += 1
+        return invalid
+
+
+def load_tokenizer(folder: str):
+    """ValueError naming the folder or hub name where there is none to be had."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except OSError as error:
+        raise ValueError(f"{folder}: no tokenizer there, nor under that name on the hub: {error}") from error
+
+
+def plain_jobs(request: Request, tokenizer) -> list[Job]:
+    """The jobs without a suite: a whole data set, or the held-out prompts of the configuration, one for each task."""
+    config, samples = request.config, request.samples or request.ks[-1]
+    if not request.own_data:
+        return [dataset_job(request, tokenizer, config, Path(config.data.path).stem, config.verifier.score, samples)]
+    count = request.prompts or config.evaluation.prompts
+    if config.data.path is None:  # generators: as many as asked for
+        data = config.data.model_copy(update={"heldout": count, "tasks": list(request.tasks) or config.data.tasks})
+        for name in data.tasks:
+            get_task(name)
+        config = config.model_copy(update={"data": data})
+    prompts = PromptSource(config, tokenizer).heldout[:count]
+    by_task: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        by_task.setdefault(prompt.task, []).append(prompt)
+    group = "all" if len(by_task) > 1 else None
+    return [Job(name, found, samples, config.verifier.score, {}, group) for name, found in by_task.items()]
+
+
+def suite_jobs(request: Request, tokenizer) -> list[Job]:
+    """The suite's benchmarks that --task names, or all."""
+    jobs = []
+    for name, benchmark in request.suite.benchmarks.items():
+        if not request.tasks or name in request.tasks:
+            config = request.config.model_copy(update={"data": benchmark.data})
+            samples = request.samples or benchmark.samples or request.ks[-1]
+            job = dataset_job(request, tokenizer, config, name, benchmark.score, samples)
+            jobs.append(replace(job, group=benchmark.group))
+    return jobs
+
+
+def dataset_job(request: Request, tokenizer, config: Config, name: str, score: str, samples: int) -> Job:
+    """Every row of `config.data.path`, up to --prompts."""
+    encode = Encoder(config, tokenizer)
+    rows, duplicates = read_rows(config.data)
+    prompts = [prompt for row in rows if (prompt := encode(row)) is not None][: request.prompts]
+    if not prompts:
+        raise ValueError(f"{name}: no usable prompt in {len(rows)} rows of {config.data.path} ({dict(encode.counts)})")
+    return Job(name, prompts, samples, score, {"data/duplicates": duplicates, **encode.counts})
+
+
+def similarity() -> dict[str, Callable[[list[str]], float | None]]:
+    """The measures of SIMILARITY whose package is installed."""
+    return {name: function for name, (package, function) in SIMILARITY.items() if find_spec(package) is not None}
+
+
+def _seed(*what: object) -> int:
+    return int.from_bytes(hashlib.sha256("/".join(map(str, what)).encode()).digest()[:7], "big")
+
+
+def record(request: Request, results: list[Result], averages: list[Result]) -> dict:
+    """The JSON file: what was asked, of what, and the estimates."""
+    rollout = request.config.rollout
+    return {
+        "model": request.folder,
+        "seed": request.config.seed,
+        "sampling": {
+            "engine": rollout.engine,
+            "temperature": request.temperature,
+            "top_p": rollout.top_p,
+            "max_tokens": rollout.max_tokens,
+        },
+        "versions": {name: version(name) for name in ("torch", "transformers")},
+        "benchmarks": {result.name: result.to_json() for result in results},
+        "averages": {result.name: result.to_json() for result in averages},
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,324 @@
+"""The run's numbers: one vocabulary of metric names, and the writers of metrics.jsonl, rollouts.jsonl and TensorBoard.
+
+metrics.jsonl holds one object a line, {"step": 3, "reward/mean": 0.41, ...}; a metric that is undefined in a step is
+left out. rollouts.jsonl holds one rollout a line; its schema is in report.py, which reads it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scope_fast.progress import StepDisplay
+
+
+@dataclass(frozen=True)
+class Metric:
+    """unit: "share" (of 1), "nats", "tokens", "steps", "s", "count", "ratio", "rate", "loss" or "reward"."""
+
+    unit: str
+    description: str
+
+
+METRICS: dict[str, Metric] = {
+    "reward/mean": Metric("reward", "Mean reward of the trained batch, repaired rollouts in the place of failed ones"),
+    "reward/pass_rate": Metric("share", "Rollouts whose answer the verifier accepts, before any repair"),
+    "eval/pass_rate": Metric("share", "Pass rate on held-out prompts"),
+    "eval/pass_rate_before": Metric("share", "Pass rate on held-out prompts before the first step"),
+    "scope/failed": Metric("count", "Rollouts with reward 0"),
+    "scope/selected": Metric("count", "Failed rollouts chosen for repair"),
+    "scope/repaired": Metric("count", "Chosen rollouts the teacher gave a suffix for"),
+    "scope/accepted": Metric("count", "Repaired rollouts that passed verification"),
+    "scope/rejected": Metric("count", "Repaired rollouts that did not"),
+    "scope/near_miss_rate": Metric("share", "Failed rollouts of which only the last step is wrong"),
+    "scope/prefix_ratio": Metric("share", "Tokens before the first error over all tokens of a failed rollout"),
+    "scope/first_error": Metric("steps", "Steps before the first error of a failed rollout"),
+    "scope/empty": Metric("count", "Rollouts with an empty completion"),
+    "scope/no_prefix": Metric("count", "Failed rollouts whose first step is already wrong: never repaired"),
+    "loss/rl": Metric("loss", "Clipped policy gradient on the student's own tokens"),
+    "loss/nll": Metric("loss", "Weighted likelihood on the teacher's tokens"),
+    "loss/total": Metric("loss", "loss/rl + loss/nll"),
+    "grad/norm": Metric("ratio", "Norm of the gradient before clipping"),
+    "policy/clip_fraction": Metric("share", "Policy-gradient tokens whose clipped branch is taken"),
+    "policy/entropy": Metric("nats", "Entropy at the policy-gradient tokens that reached the head"),
+    "policy/kl": Metric("nats", "k3 estimate of the divergence from the policy before the update"),
+    "policy/ratio_max": Metric("ratio", "Largest probability ratio"),
+    "sampling/entropy": Metric("nats", "Minus the engine's mean log-probability of the tokens it sampled"),
+    "sampling/logprob_gap": Metric("nats", "Learner against engine: difference in log-probability of the same tokens"),
+    "response/length": Metric("tokens", "Mean response length"),
+    "response/truncated": Metric("share", "Responses that ran into the token limit"),
+    "diversity/distinct_1": Metric("ratio", "Distinct tokens over all tokens of a prompt's rollouts, prompt median"),
+    "diversity/distinct_4": Metric("ratio", "Distinct 4-grams over all 4-grams of a prompt's rollouts, prompt median"),
+    "diversity/unique_answers": Metric("count", "Different final answers a prompt, mean"),
+    "verifier/timeouts": Metric("count", "Rollouts whose verification ran out of time"),
+    "verifier/crashes": Metric("count", "Rollouts whose verification crashed"),
+    "prm/invalid": Metric("count", "Rollouts with a step probability that is no probability"),
+    "teacher/errors": Metric("count", "Chosen rollouts the teacher gave no suffix for"),
+    "prompts/dropped": Metric("count", "Prompts without a single verified rollout"),
+    "data/skipped_long": Metric("count", "Prompts skipped because they leave no room in the context"),
+    "data/skipped_heldout": Metric("count", "Prompts passed over because their text is also a held-out one"),
+    "data/skipped_short": Metric("count", "Prompts skipped because they are too short"),
+    "learner/lr": Metric("ratio", "Learning rate"),
+    "learner/skipped_updates": Metric("count", "Optimiser steps skipped for want of a finite gradient"),
+    "sync/weight_version": Metric("count", "Version of the weights the engine holds"),
+    "tokens/rollout": Metric("tokens", "Sampled by the engine"),
+    "tokens/trained": Metric("tokens", "Rows of the loss with a gradient"),
+    "tokens/skipped": Metric("tokens", "Rows dropped before the head, since nothing can flow from them"),
+    "tokens/teacher": Metric("tokens", "Written by the teacher"),
+    "perf/tokens_per_s": Metric("rate", "Tokens sampled and trained, a second of the whole step"),
+    "perf/mfu": Metric("share", "Model FLOPs over the device's peak"),
+    "time/generate_s": Metric("s", "Sampling"),
+    "time/verify_s": Metric("s", "Verification"),
+    "time/prm_s": Metric("s", "Step probabilities"),
+    "time/teacher_s": Metric("s", "Repairs"),
+    "time/learn_s": Metric("s", "Forward, backward, optimiser"),
+    "time/sync_s": Metric("s", "Weights to the engine"),
+    "time/step_s": Metric("s", "The whole step"),
+}
+
+
+def check_name(name: str) -> None:
+    """Raises ValueError for a name outside METRICS, with the nearest one."""
+    if name not in METRICS:
+        near = difflib.get_close_matches(name, METRICS, n=1, cutoff=0.0)[0]
+        raise ValueError(f"unknown metric {name!r}; did you mean {near!r}? (names are in scope_fast.metrics.METRICS)")
+
+
+def scalar(name: str, value: float | torch.Tensor) -> float | int:
+    """A finite Python number out of a number or a one-element tensor; ValueError naming the metric otherwise."""
+    if isinstance(value, torch.Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name}: expected one value, got a tensor of shape {tuple(value.shape)}")
+        value = value.item()
+    if not isinstance(value, (int, float)):
+        value = float(value)  # numpy scalars
+    if not math.isfinite(value):
+        raise ValueError(f"{name} is {value}: an undefined metric is left out, anything else is a defect")
+    return value
+
+
+class MetricsWriter:
+    """Writes each step's metrics to metrics.jsonl, TensorBoard and, when asked, W&B, and shows a line for it.
+
+    out_dir: the run directory, made if missing. total_steps, method: for the display.
+    wandb: arguments of wandb.init (project, name, mode, ...), or None for no W&B.
+    resume_step: the last step to keep. metrics.jsonl and rollouts.jsonl are cut back to it, TensorBoard is told. None
+        starts a run: FileExistsError if out_dir already holds metrics. -1 starts over, dropping what is there.
+
+    One process writes (rank 0). A context manager: the display lives inside it, and leaving it closes the files.
+    Raises ImportError where wandb is asked for and missing.
+    """
+
+    def __init__(
+        self,
+        out_dir: str | Path,
+        total_steps: int,
+        method: str,
+        wandb: dict[str, Any] | None = None,
+        tensorboard: bool = True,
+        resume_step: int | None = None,
+    ) -> None:
+        self.out_dir = Path(out_dir)
+        self.out_dir.mkdir(parents=True, exist_ok=True)
+        wandb_module = None if wandb is None else _import_wandb()
+        self.last_step = self._prepare(resume_step)
+        self._stack = ExitStack()
+        self._file = self._stack.enter_context((self.out_dir / "metrics.jsonl").open("a", encoding="utf-8"))
+        self._tensorboard = self._wandb = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            purge = None if resume_step is None else resume_step + 1
+            self._tensorboard = SummaryWriter(str(self.out_dir / "tensorboard"), purge_step=purge)
+            self._stack.callback(self._tensorboard.close)
+        if wandb_module is not None:
+            self._wandb = self._start_wandb(wandb_module, wandb, resuming=resume_step is not None)
+        self._display = StepDisplay(total_steps, method, done=max(self.last_step, 0))
+
+    def _prepare(self, resume_step: int | None) -> int:
+        path = self.out_dir / "metrics.jsonl"
+        if resume_step is None:
+            if path.exists() and path.stat().st_size:
+                raise FileExistsError(
+                    f"{path} already holds metrics: resume it, choose another run directory, "
+                    "or start over with resume_step=-1"
+                )
+            return -1
+        cut_back(path, resume_step)
+        cut_back(self.out_dir / "rollouts.jsonl", resume_step)
+        return resume_step
+
+    def _start_wandb(self, module: Any, options: dict[str, Any], resuming: bool) -> Any:
+        # the run's id is kept beside its metrics, so that a resumed run goes on in the same W&B run
+        id_file = self.out_dir / "wandb_id"
+        known = {"id": id_file.read_text().strip(), "resume": "allow"} if resuming and id_file.exists() else {}
+        run = module.init(**{"dir": str(self.out_dir), **known, **options})
+        id_file.write_text(f"{run.id}\n")
+        return run
+
+    def __enter__(self) -> MetricsWriter:
+        self._stack.enter_context(self._display)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        self._stack.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=0 if kind is None else 1)
+
+    def write(self, step: int, metrics: Mapping[str, float | torch.Tensor], *, show: bool = True) -> None:
+        """Appends one line for `step` and flushes it; show=False leaves the display alone (an evaluation, say).
+
+        Values are numbers or one-element tensors. A second write of the same step adds to it. Raises ValueError for an
+        unknown name (with the nearest), a value that is not finite or not one value, and a step that goes back.
+        """
+        if step < max(self.last_step, 0):
+            raise ValueError(f"step={step} after step {self.last_step}: steps only go on")
+        for name in metrics:
+            check_name(name)
+        values = {name: scalar(name, value) for name, value in metrics.items()}
+        self.last_step = step
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        if self._tensorboard is not None:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, step)
+            self._tensorboard.flush()
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
+        if show:
+            self._display.step(step, values)
+
+
+def _import_wandb() -> Any:
+    try:
+        return importlib.import_module("wandb")
+    except ModuleNotFoundError as error:
+        if error.name != "wandb":
+            raise
+        raise ImportError("W&B logging needs the wandb package: pip install 'scope-fast[wandb]'") from error
+
+
+class RolloutLog:
+    """Appends rollouts to rollouts.jsonl in `out_dir`, in step order. A context manager.
+
+    The MetricsWriter cuts the file back in place when a run is resumed, before or after this opens it. The schema is
+    in report.py.
+    """
+
+    def __init__(self, out_dir: str | Path) -> None:
+        self._file = (Path(out_dir) / "rollouts.jsonl").open("a", encoding="utf-8")
+
+    def __enter__(self) -> RolloutLog:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Adds one rollout. JSON knows no NaN: a number that is not finite (a bad probability) becomes null."""
+        self._file.write(_to_json(record) + "\n")
+
+    def flush(self) -> None:
+        """Hands what was appended to the operating system; call it once a step."""
+        self._file.flush()
+
+
+def _to_json(record: Mapping[str, Any]) -> str:
+    if not isinstance(record.get("step"), int):
+        raise ValueError(f"record['step'] is {record.get('step')!r}: expected an int")
+    try:
+        return json.dumps(record, allow_nan=False)
+    except ValueError:  # cleaning walks every number: only where there is something to clean
+        return json.dumps(_without_nan(record), allow_nan=False)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(item) for item in value]
+    return value
+
+
+def read_jsonl(path: str | Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """(byte offset, byte length, object) of each line.
+
+    A last line without its newline is one being written, or torn by a kill: it is left out. Raises ValueError naming
+    file and line for any other line that is not a JSON object with a "step".
+    """
+    offset = 0
+    with Path(path).open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}:{number}: not JSON ({error.msg})") from None
+            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+                raise ValueError(f"{path}:{number}: expected an object with an integer step")
+            yield offset, len(line), record
+            offset += len(line)
+
+
+def cut_back(path: str | Path, step: int) -> None:
+    """Truncates a JSON-lines file, in place, before its first line of a step after `step`; a missing file stays so.
+
+    Lines are in step order, as the writers here keep them. A torn last line goes too.
+    """
+    path = Path(path)
+    if not path.exists():
+        return
+    keep = 0
+    for offset, length, record in read_jsonl(path):
+        if record["step"] > step:
+            break
+        keep = offset + length
+    with path.open("r+b") as file:
+        file.truncate(keep)
+
+
+class Timer:
+    """Seconds by phase: `with timer("generate"): ...`, then `metrics()` once a step.
+
+    synchronize: called before a phase's clock is read (torch.cuda.synchronize on a GPU, where work is queued).
+    """
+
+    def __init__(self, synchronize: Callable[[], None] | None = None) -> None:
+        self._synchronize = synchronize or (lambda: None)
+        self._seconds: dict[str, float] = {}
+        self._begun = time.perf_counter()
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Adds the block's seconds to time/<phase>_s; ValueError for a phase that is no metric."""
+        name = f"time/{phase}_s"
+        check_name(name)
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._synchronize()
+            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - begun
+
+    def metrics(self) -> dict[str, float]:
+        """time/<phase>_s of the phases since the last call, and time/step_s, the seconds since then; starts anew."""
+        now = time.perf_counter()
+        result = {**self._seconds, "time/step_s": now - self._begun}
+        self._seconds, self._begun = {}, now
+        return result

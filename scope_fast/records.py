@@ -1,0 +1,58 @@
+"""A rollout as one line of rollouts.jsonl: all the report shows and all a replay needs. The schema is in report.py."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from scope_fast.batch import TrainSequence
+from scope_fast.scope.trajectory import Trajectory
+
+
+def record(step: int, trajectory: Trajectory, sequence: TrainSequence | None, tokenizer) -> dict[str, Any]:
+    """The record of a trajectory at a step. sequence: what was trained on in its place, None if nothing was."""
+    prompt, repair = trajectory.prompt, trajectory.repair
+    return {
+        "step": step,
+        "prompt_id": prompt.id,
+        "task": prompt.task,
+        "group": trajectory.group,
+        "sample": trajectory.sample,
+        "prompt": prompt.text,
+        "answer": prompt.answer,
+        "prompt_ids": list(prompt.ids),
+        "response": trajectory.text,
+        "response_ids": trajectory.token_ids,
+        "tokens": token_texts(tokenizer, trajectory.token_ids),
+        "logprobs": trajectory.logprobs,
+        "reward": trajectory.reward,
+        "verdict": trajectory.verdict,
+        "verdict_reason": trajectory.verdict_reason,
+        "finish_reason": trajectory.finish_reason,
+        "weight_version": trajectory.weight_version,
+        "steps": trajectory.steps,
+        "step_probs": trajectory.step_probs,
+        "first_error": trajectory.first_error,
+        "selection": None if trajectory.selection is None else asdict(trajectory.selection),
+        "selected": repair is not None,
+        "repair": None
+        if repair is None
+        else {**asdict(repair), "suffix_tokens": token_texts(tokenizer, repair.suffix_ids)},
+        "trained": None if sequence is None else _trained(sequence, tokenizer),
+    }
+
+
+def token_texts(tokenizer, token_ids: list[int]) -> list[str]:
+    """Each token's own text, for display: bytes that are no character alone show as U+FFFD."""
+    texts = {token: tokenizer.decode([token]) for token in set(token_ids)}  # a decode costs microseconds, tokens repeat
+    return [texts[token] for token in token_ids]
+
+
+def _trained(sequence: TrainSequence, tokenizer) -> dict[str, Any]:
+    return {
+        "response_ids": sequence.response_ids,
+        "tokens": token_texts(tokenizer, sequence.response_ids),
+        "segment": sequence.segment,
+        "advantage": sequence.advantage,
+        "loss_weight": sequence.loss_weight,
+    }

@@ -1,0 +1,281 @@
+"""`python -m scope_fast.train [CONFIG.yaml] [--dotted.key value ...]`: from a configuration to a run directory.
+
+Without arguments it runs configs/quickstart.yaml. A run directory holds config.yaml, metrics.jsonl, rollouts.jsonl,
+tensorboard/, checkpoints/step_N, export/ (a Hugging Face folder) and report.html.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from transformers.utils.logging import disable_progress_bar
+
+from scope_fast import checkpoint, warm_start
+from scope_fast.config import Config, load, to_yaml
+from scope_fast.data import PromptSource
+from scope_fast.learner import Learner
+from scope_fast.metrics import MetricsWriter, RolloutLog
+from scope_fast.prm.scorers import ExactScorer, StepScorer, TokenClassifierScorer
+from scope_fast.progress import progress_bars
+from scope_fast.report import write_report
+from scope_fast.rollout import make_engine
+from scope_fast.rollout.base import EngineOptions
+from scope_fast.tasks import get_task
+from scope_fast.teacher import ModelTeacher, SolverTeacher, Teacher, check_shared_tokenizer
+from scope_fast.trainer import Trainer
+from scope_fast.verifier import Verifier
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+USAGE = "python -m scope_fast.train [CONFIG.yaml] [--dotted.key value ...] [--resume auto|never|DIR] [--dry-run]"
+MAY_CHANGE = frozenset({"steps", "out", "checkpoint", "logging"})  # between the parts of a resumed run
+LAST = ("export", "report.html")  # what is made after the last step, in this order
+
+console = Console(highlight=False)
+
+
+def main(argv: list[str] | None = None) -> int:
+    config, resume, dry_run = parse(argv)
+    if dry_run:
+        console.print(to_yaml(config), markup=False, end="")
+        console.print(plan(config), markup=False)
+        return 0
+    try:
+        start = claim(config, resume)
+        if finished(config, start):
+            console.print(f"{config.run_dir} has finished its {config.steps} steps: nothing to do", markup=False)
+            return 0
+        with ExitStack() as stack:
+            train(build(config, stack), start, stack)
+    except (ValueError, FileNotFoundError, ImportError) as error:  # what is asked for cannot be: the message is enough
+        console.print(f"error: {error}", markup=False, soft_wrap=True)
+        return 2
+    return 0
+
+
+def parse(argv: list[str] | None) -> tuple[Config, str, bool]:
+    """(configuration, resume mode, dry run) of a command line. Exits with status 2 and the message on bad input."""
+    arguments = sys.argv[1:] if argv is None else argv
+    # the positional comes first or not at all: argparse would take the value of an unknown option for it
+    path = arguments[0] if arguments and not arguments[0].startswith("-") else None
+    parser = argparse.ArgumentParser(usage=USAGE, description=__doc__, allow_abbrev=False)
+    parser.add_argument(
+        "--resume", default="auto", help="auto: go on where the run directory stands; never; or a run directory"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="validate, print the resolved configuration and the plan"
+    )
+    known, rest = parser.parse_known_args(arguments[path is not None :])
+    try:
+        config = load(path, overrides(rest))
+        if config.data.path is None:
+            for name in config.data.tasks:
+                get_task(name)
+        if known.resume not in ("auto", "never"):
+            config = config.model_copy(update={"out": known.resume})
+            if not (config.run_dir / "config.yaml").exists():
+                raise ValueError(f"--resume {known.resume}: no run there (no config.yaml)")
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(str(error))
+    return config, known.resume, known.dry_run
+
+
+def overrides(arguments: list[str]) -> list[tuple[str, str]]:
+    """`--a.b value` and `--a.b=value` as pairs. ValueError for anything else."""
+    pairs, rest = [], list(arguments)
+    while rest:
+        key = rest.pop(0)
+        if not key.startswith("--"):
+            raise ValueError(f"unexpected argument {key!r}: overrides are written --dotted.key value")
+        key, equals, value = key[2:].partition("=")
+        if not equals:
+            if not rest:
+                raise ValueError(f"--{key} needs a value")
+            value = rest.pop(0)
+        pairs.append((key, value))
+    return pairs
+
+
+def plan(config: Config) -> str:
+    """What a run would do, in a few lines."""
+    rollout, learner = config.rollout, config.learner
+    rollouts = rollout.prompts_per_step * rollout.group_size
+    return (
+        f"plan: {config.steps} steps of {config.method}, each {rollouts} rollouts "
+        f"({rollout.prompts_per_step} prompts x {rollout.group_size}) of at most {rollout.max_tokens} tokens, "
+        f"{learner.minibatches * learner.epochs} optimiser step(s), micro-batches of {learner.token_budget} tokens\n"
+        f"run directory: {config.run_dir}"
+    )
+
+
+def claim(config: Config, resume: str) -> Path | None:
+    """Takes the run directory, and returns the checkpoint to go on from, if any.
+
+    Raises ValueError if a run of another configuration began there, or any at all with `--resume never`. `steps` may
+    grow between the parts of a run, unless the learning rate's schedule depends on it.
+    """
+    folder = config.run_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    stored = folder / "config.yaml"
+    if stored.exists() and (folder / "metrics.jsonl").exists():
+        if resume == "never":
+            raise ValueError(f"out: {folder} already holds a run; choose another directory or --resume auto")
+        free = MAY_CHANGE if config.learner.schedule == "constant" else MAY_CHANGE - {"steps"}
+        different = _differences(load(stored).model_dump(), config.model_dump(), free)
+        if different:
+            raise ValueError(f"out: {folder} holds a run of another configuration ({', '.join(different)} differ)")
+    stored.write_text(to_yaml(config))
+    return checkpoint.latest(folder)
+
+
+def finished(config: Config, start: Path | None) -> bool:
+    """Whether nothing of the run is left to do: its last step is saved, and what follows the last step is there."""
+    whole = start is not None and int(start.name.removeprefix("step_")) >= config.steps
+    return whole and all((config.run_dir / name).exists() for name in LAST[: 1 + config.logging.report])
+
+
+def _differences(old: dict, new: dict, free: frozenset[str] = frozenset(), prefix: str = "") -> list[str]:
+    found = []
+    for key in (key for key in new if key not in free):
+        if isinstance(new[key], dict):
+            found += _differences(old[key], new[key], prefix=f"{prefix}{key}.")
+        elif old[key] != new[key]:
+            found.append(f"{prefix}{key}")
+    return found
+
+
+def build(config: Config, stack: ExitStack) -> Trainer:
+    """All parts of a run, the made ones cached; `stack` closes them."""
+    disable_progress_bar()  # of transformers' loading: ours is enough
+    with progress_bars(console) as progress:
+        folders = {role: role_folder(config, role, progress) for role in ("student", "prm", "teacher")}
+    torch.manual_seed(config.seed)
+    student, tokenizer = load_student(config, folders["student"])
+    engine = stack.enter_context(
+        closing(make_engine(config.rollout.engine, str(folders["student"]), engine_options(config)))
+    )
+    data = PromptSource(config, tokenizer)
+    learner = Learner(
+        student,
+        config.learner,
+        config.loss.options(config.rollout.temperature),
+        total_steps=config.steps,
+        joint_normalizer=config.loss.nll_normalizer == "joint",
+        backend=config.loss.backend,
+        compute_dtype=DTYPES[config.model.dtype],
+    )
+    return Trainer(
+        config,
+        tokenizer,
+        data,
+        engine,
+        stack.enter_context(Verifier(config.verifier.score, config.verifier.workers, config.verifier.timeout_s)),
+        make_scorer(config, folders["prm"], tokenizer),
+        make_teacher(config, folders["teacher"], tokenizer, stack),
+        learner,
+        stack.enter_context(RolloutLog(config.run_dir)),
+    )
+
+
+def role_folder(config: Config, role: str, progress) -> str | None:
+    """The model folder of a role: the configured path, a warm-started one, or None where the role has no model."""
+    section = {"student": config.model, "prm": config.prm, "teacher": config.teacher}[role]
+    if (role, getattr(section, "kind", None)) in (("prm", "exact"), ("teacher", "solver")):
+        return None
+    return str(warm_start.ensure(config, role, progress)) if section.path == "tiny" else section.path
+
+
+def load_student(config: Config, folder: str):
+    """The student's model and tokenizer. ValueError for a tokenizer without an end-of-sequence token."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"model.path: the tokenizer of {folder} has no EOS token, which ends every response")
+    # float32 whatever model.dtype says: a bfloat16 weight would lose an update of 1e-6: the learner casts instead
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device()), tokenizer
+
+
+def device() -> torch.device:
+    """Where the learner and the reward model live."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def engine_options(config: Config) -> EngineOptions:
+    """What the rollout engine is told."""
+    rollout = config.rollout
+    return EngineOptions(
+        dtype=config.model.dtype,
+        max_model_len=rollout.context,
+        max_num_seqs=min(256, rollout.prompts_per_step * rollout.group_size),
+        seed=config.seed,
+        num_threads=rollout.num_threads,
+        kv_cache_bytes=int(rollout.kv_cache_gib * 2**30),
+    )
+
+
+def make_scorer(config: Config, folder: str | None, tokenizer) -> StepScorer:
+    """The process reward model `prm.kind` names."""
+    if folder is None:
+        return ExactScorer(tokenizer)
+    from transformers import AutoModelForTokenClassification, AutoTokenizer
+
+    check_shared_tokenizer(tokenizer, AutoTokenizer.from_pretrained(folder), "prm.path")
+    model = AutoModelForTokenClassification.from_pretrained(folder, dtype=DTYPES[config.model.dtype])
+    return TokenClassifierScorer(model.to(device()), config.prm.token_budget)
+
+
+def make_teacher(config: Config, folder: str | None, tokenizer, stack: ExitStack) -> Teacher:
+    """The teacher `teacher.kind` names; a model samples with transformers, beside the student's engine."""
+    if folder is None:
+        return SolverTeacher()
+    from transformers import AutoTokenizer
+
+    check_shared_tokenizer(tokenizer, AutoTokenizer.from_pretrained(folder), "teacher.path")
+    options = EngineOptions(dtype=config.model.dtype, max_model_len=config.rollout.context)
+    engine = stack.enter_context(closing(make_engine("transformers", folder, options)))
+    return ModelTeacher(engine, tokenizer, config.teacher, config.rollout.context, config.seed)
+
+
+def train(trainer: Trainer, start: Path | None, stack: ExitStack) -> None:
+    """The run: evaluation before, the steps, evaluation after, export and report; or what a checkpoint left of it."""
+    config, out = trainer.config, trainer.config.run_dir
+    if start is not None:
+        trainer.load_state_dict(checkpoint.load(start, trainer.state_dict()))
+        console.print(f"resumed from {start} at step {trainer.done}", markup=False)
+    elif (out / "metrics.jsonl").exists():
+        console.print(f"{out} was stopped before its first checkpoint: starting over")
+    wandb = {"project": config.logging.wandb_project} if config.logging.wandb_project else None
+    writer = stack.enter_context(
+        MetricsWriter(out, config.steps, config.method, wandb, resume_step=-1 if start is None else trainer.done)
+    )
+    if start is None:
+        writer.write(0, {"eval/pass_rate_before": held_out(trainer, "before")}, show=False)
+    for step, metrics in trainer.run():
+        writer.write(step, metrics)
+        if step == config.steps or (config.checkpoint.every and step % config.checkpoint.every == 0):
+            checkpoint.save(out, step, trainer.state_dict(), config.checkpoint.keep)
+    writer.write(config.steps, {"eval/pass_rate": held_out(trainer, "after")}, show=False)
+    checkpoint.export(out, trainer.learner.model, trainer.tokenizer)
+    if config.logging.report:
+        console.print(f"report: {write_report(out)}", markup=False, soft_wrap=True)
+
+
+def held_out(trainer: Trainer, when: str) -> float:
+    """Pass rate on the held-out prompts, printed."""
+    settings = trainer.config.evaluation
+    prompts = trainer.data.heldout[: settings.prompts]
+    rate, lost = trainer.pass_rate(prompts, settings.samples, settings.temperature)
+    console.print(
+        f"held-out pass rate {when}: {100 * rate:.1f} % ({len(prompts)} prompts x {settings.samples}, "
+        f"temperature {settings.temperature:g}{f', {lost} without a verdict' if lost else ''})"
+    )
+    return rate
+
+
+if __name__ == "__main__":
+    sys.exit(main())

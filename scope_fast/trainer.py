@@ -1,0 +1,283 @@
+"""The loop: rollouts, verdicts, first errors, repairs, one update, one weight sync. `Trainer.step` is all of it.
+
+The five methods share this file: what differs is a `Method` (scope/advantage.py), made from the configuration.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from random import Random
+from statistics import fmean
+
+import torch
+
+from scope_fast.batch import TrainSequence
+from scope_fast.checkpoint import capture_rng, restore_rng
+from scope_fast.config import Config
+from scope_fast.data import PromptSource
+from scope_fast.diversity import diversity_metrics
+from scope_fast.learner import Learner
+from scope_fast.metrics import RolloutLog, Timer
+from scope_fast.prm.scorers import StepScorer
+from scope_fast.records import record
+from scope_fast.rollout.base import RolloutEngine, Sampling
+from scope_fast.scope.advantage import Stamped, method
+from scope_fast.scope.localize import first_error, is_near_miss, valid_probs
+from scope_fast.scope.rectify import Rejected, splice
+from scope_fast.scope.steps import TokenBytes, split_steps
+from scope_fast.scope.trajectory import Prompt, Trajectory
+from scope_fast.teacher import Reply, Request, Teacher, TeacherError, ask
+from scope_fast.verifier import Verifier
+
+Group = list[Trajectory]
+
+
+class Trainer:
+    """Owns the loop's parts and its step counter; `step()` is one iteration and returns the metrics of it."""
+
+    def __init__(
+        self,
+        config: Config,
+        tokenizer,
+        data: PromptSource,
+        engine: RolloutEngine,
+        verifier: Verifier,
+        scorer: StepScorer,
+        teacher: Teacher,
+        learner: Learner,
+        log: RolloutLog,
+    ) -> None:
+        self.config, self.tokenizer, self.data, self.engine = config, tokenizer, data, engine
+        self.verifier, self.scorer, self.teacher, self.learner, self.log = verifier, scorer, teacher, learner, log
+        self.done = 0  # steps
+        self.token_bytes = TokenBytes(tokenizer)
+        synchronize = torch.cuda.synchronize if learner.device.type == "cuda" else None
+        self.timer, self.counts = Timer(synchronize), Counter[str]()
+
+    def step(self) -> dict[str, float]:
+        """One iteration (design: the loop fits a screen)."""
+        self.counts.clear()
+        self.timer.metrics()  # what happened between two steps belongs to neither
+        mode = method(self.config, Random(f"{self.config.seed}/{self.done}"))
+        with self.timer("generate"):
+            groups = self.sample(self.data.next(self.config.rollout.prompts_per_step))
+        with self.timer("verify"):
+            self.verify(groups)
+        with self.timer("prm"):
+            self.localize(groups, mode.scores)
+        chosen = [trajectory for group in groups for trajectory in mode.choose(group)]
+        with self.timer("teacher"):
+            self.repair(chosen)
+        with self.timer("learn"):
+            stamped = [mode.stamp(group, self.config.loss) for group in groups]
+            learned = self.learner.update(self.minibatches(stamped))
+        self.done += 1
+        with self.timer("sync"):
+            self.engine.update_weights(self.learner.model, version=self.done)
+        self.record(groups, stamped)
+        return self.metrics(groups, chosen, learned)
+
+    def sample(self, prompts: list[Prompt]) -> list[Group]:
+        """G rollouts of every prompt, each request seeded by what it is, so that a resumed run draws the same."""
+        settings = self.config.rollout
+        sampling = Sampling(settings.temperature, settings.top_p, settings.max_tokens, (self.tokenizer.eos_token_id,))
+        # numbered too: a small file of prompts may bring one twice in a step
+        seeds = [[self._seed("rollout", n, p.id, i) for i in range(settings.group_size)] for n, p in enumerate(prompts)]
+        outputs = self.engine.generate([list(p.ids) for p in prompts], settings.group_size, sampling, seeds)
+        groups = []
+        for number, (prompt, rollouts) in enumerate(zip(prompts, outputs, strict=True)):
+            groups.append([self._trajectory(prompt, number, i, r) for i, r in enumerate(rollouts)])
+        return groups
+
+    def _trajectory(self, prompt: Prompt, group: int, sample: int, rollout) -> Trajectory:
+        ids = rollout.token_ids
+        trajectory = Trajectory(
+            prompt, group, sample, ids, rollout.logprobs, rollout.finish_reason, rollout.weight_version,
+            text=self.tokenizer.decode(ids, skip_special_tokens=True),
+            steps=split_steps(self.token_bytes(ids), trailing_eos=rollout.finish_reason == "stop"),
+        )  # fmt: skip
+        self.counts["scope/empty"] += not trajectory.steps
+        return trajectory
+
+    def verify(self, groups: list[Group]) -> None:
+        """A reward for every rollout; one that hangs or crashes the verifier keeps None and is not trained on."""
+        members = [t for group in groups for t in group]
+        verdicts = self.verifier.score([(t.text, t.prompt.entry) for t in members])
+        for trajectory, verdict in zip(members, verdicts, strict=True):
+            trajectory.reward, trajectory.verdict, trajectory.answer = verdict.reward, verdict.status, verdict.answer
+            trajectory.verdict_reason = verdict.reason
+            self._count_verdict(verdict)
+
+    def _count_verdict(self, verdict) -> None:
+        self.counts["verifier/timeouts"] += verdict.status == "timeout"
+        self.counts["verifier/crashes"] += verdict.status == "crash"
+
+    def localize(self, groups: list[Group], scores: str) -> None:
+        """Step probabilities and first errors, where the method (or prm.monitor) asks for them."""
+        wanted = scores if scores != "none" or not self.config.prm.monitor else "failed"
+        members = [t for group in groups for t in group if t.steps and (wanted == "all" or t.failed)]
+        if wanted == "none" or not members:
+            return
+        for trajectory, probs in zip(members, self.scorer(members), strict=True):
+            if len(probs) == len(trajectory.steps) and valid_probs(probs):
+                trajectory.step_probs = probs
+                trajectory.first_error = first_error(probs, self.config.prm.tau)
+            else:
+                self.counts["prm/invalid"] += 1  # the rollout stays in the batch, as a failure that cannot be repaired
+
+    def repair(self, chosen: Group) -> None:
+        """The teacher's suffixes, spliced and verified: chosen = accepted + rejected + errors."""
+        requests = [self._request(t) for t in chosen]
+        replies = ask(self.teacher, requests, self.config.teacher.timeout_s)
+        self.counts["scope/repaired"] += sum(isinstance(reply, Reply) for reply in replies)
+        pending = [
+            t for t, request, reply in zip(chosen, requests, replies, strict=True) if self._splice(t, request, reply)
+        ]
+        texts = [self._response_text(t) for t in pending]
+        for trajectory, verdict in zip(pending, self.verifier.score(list(texts)), strict=True):
+            self._count_verdict(verdict)
+            repair, repair.reward = trajectory.repair, verdict.reward
+            passed = verdict.reward is not None and verdict.reward > 0.0
+            repair.status = "accepted" if passed else "rejected"
+            repair.reason = (
+                "" if passed else f"verification: {verdict.status if verdict.reward is None else 'wrong answer'}"
+            )
+        for trajectory in chosen:
+            self.counts[f"repair/{trajectory.repair.status}"] += 1
+
+    def _request(self, trajectory: Trajectory) -> Request:
+        prefix = trajectory.token_ids[: trajectory.repair.kept_tokens]
+        seed = self._seed("teacher", trajectory.group, trajectory.prompt.id, trajectory.sample)
+        return Request(trajectory.prompt, prefix, self.tokenizer.decode(prefix), seed)
+
+    def _splice(self, trajectory: Trajectory, request: Request, reply: Reply | TeacherError) -> bool:
+        """Whether there is a suffix to verify; otherwise the repair says why not."""
+        repair = trajectory.repair
+        if isinstance(reply, TeacherError):
+            repair.status, repair.reason = "error", str(reply)
+            return False
+        repair.suffix = reply.text
+        room = self.config.rollout.context - len(request.prompt.ids) - len(request.prefix_ids)
+        try:
+            if not reply.finished:
+                raise Rejected("the suffix did not finish within its budget")
+            budget = min(room, self.config.teacher.max_tokens)
+            repair.suffix_ids = splice(self.tokenizer, request.prefix_ids, reply.text, budget)
+        except Rejected as rejection:
+            repair.status, repair.reason = "rejected", str(rejection)
+            return False
+        return True
+
+    def _response_text(self, trajectory: Trajectory) -> tuple[str, dict]:
+        kept = trajectory.token_ids[: trajectory.repair.kept_tokens]
+        text = self.tokenizer.decode(kept + trajectory.repair.suffix_ids, skip_special_tokens=True)
+        return text, trajectory.prompt.entry
+
+    def minibatches(self, stamped: list[Stamped]) -> list[list[TrainSequence]]:
+        """Groups dealt out in turn to `learner.minibatches` optimiser steps; a group is never split."""
+        count = self.config.learner.minibatches
+        return [[s for group in stamped[i::count] for s in group if s is not None] for i in range(count)]
+
+    def _seed(self, *what: object) -> int:
+        return _hash(self.config.seed, self.done, *what)
+
+    def record(self, groups: list[Group], stamped: list[Stamped]) -> None:
+        """One line of rollouts.jsonl for every rollout."""
+        for group, sequences in zip(groups, stamped, strict=True):
+            for trajectory, sequence in zip(group, sequences, strict=True):
+                self.log.append(record(self.done, trajectory, sequence, self.tokenizer))
+        self.log.flush()
+
+    def pass_rate(self, prompts: list[Prompt], samples: int, temperature: float) -> tuple[float, int]:
+        """Share of verified samples that pass, and how many got no verdict. RuntimeError when none got one."""
+        sampling = Sampling(temperature, 1.0, self.config.rollout.max_tokens, (self.tokenizer.eos_token_id,))
+        seeds = [[_hash("heldout", p.id, i) for i in range(samples)] for p in prompts]
+        outputs = self.engine.generate([list(p.ids) for p in prompts], samples, sampling, seeds)
+        items = [
+            (self.tokenizer.decode(rollout.token_ids, skip_special_tokens=True), prompt.entry)
+            for prompt, rollouts in zip(prompts, outputs, strict=True)
+            for rollout in rollouts
+        ]
+        verdicts = self.verifier.score(items)
+        rewards = [v.reward for v in verdicts if v.reward is not None]
+        if not rewards:
+            raise RuntimeError(f"no verdict on any of {len(items)} held-out responses; the first: {verdicts[0].reason}")
+        return fmean(reward > 0 for reward in rewards), len(items) - len(rewards)
+
+    def metrics(self, groups: list[Group], chosen: Group, learned: dict[str, float]) -> dict[str, float]:
+        """The step's metrics; what is undefined is left out."""
+        members = [t for group in groups for t in group]
+        verified = [t for t in members if t.reward is not None]
+        failed = [t for t in members if t.failed]
+        tokens = sum(len(t.token_ids) for t in members)
+        result: dict[str, float] = {
+            **learned,
+            **{
+                name: self.counts[name]
+                for name in ("verifier/timeouts", "verifier/crashes", "prm/invalid", "scope/empty")
+            },
+            **self.data.take_counts(),
+            **self._funnel(chosen, failed),
+            "response/length": tokens / len(members),
+            "response/truncated": fmean(t.finish_reason == "length" for t in members),
+            "sampling/entropy": -sum(sum(t.logprobs) for t in members) / max(tokens, 1),
+            **diversity_metrics([[t.token_ids for t in g] for g in groups], [[t.answer for t in g] for g in groups]),
+            "tokens/rollout": tokens,
+            "tokens/teacher": sum(len(t.repair.suffix_ids) for t in chosen),
+            "sync/weight_version": self.engine.version,
+            **self.timer.metrics(),
+        }
+        if verified:
+            result["reward/pass_rate"] = fmean(t.reward > 0 for t in verified)
+            result["reward/mean"] = fmean(t.final_reward for t in verified)
+        result["perf/tokens_per_s"] = tokens / result["time/step_s"]
+        return result
+
+    def _funnel(self, chosen: Group, failed: Group) -> dict[str, float]:
+        located = [t for t in failed if t.first_error is not None]
+        accepted, rejected = self.counts["repair/accepted"], self.counts["repair/rejected"]
+        result: dict[str, float] = {
+            "scope/failed": len(failed),
+            "scope/selected": len(chosen),
+            "scope/repaired": self.counts["scope/repaired"],
+            "scope/accepted": accepted,
+            "scope/rejected": rejected,
+            "teacher/errors": self.counts["repair/error"],
+            "scope/no_prefix": sum(t.first_error == 0 for t in located),
+        }
+        if located:
+            result["scope/near_miss_rate"] = fmean(is_near_miss(t.first_error, len(t.steps)) for t in located)
+            result["scope/first_error"] = fmean(t.first_error for t in located)
+            result["scope/prefix_ratio"] = fmean(prefix_share(t) for t in located)
+        return result
+
+    def state_dict(self) -> dict[str, object]:
+        """All a run needs to go on bit for bit. Requests are seeded by step and prompt, so the engine has no state."""
+        state = {"cursor": self.data.cursor, "done": self.done, "rng": capture_rng()}
+        return {**self.learner.state_dict(), "trainer": state}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        """The inverse of `state_dict`; the engine gets the weights too."""
+        self.learner.load_state_dict(state)
+        self.data.cursor, self.done = state["trainer"]["cursor"], state["trainer"]["done"]
+        self.engine.update_weights(self.learner.model, version=self.done)
+        restore_rng(state["trainer"]["rng"])
+
+    def run(self) -> Iterator[tuple[int, dict[str, float]]]:
+        """Steps up to `config.steps`, from where the run stands."""
+        while self.done < self.config.steps:
+            metrics = self.step()
+            yield self.done, metrics
+
+
+def _hash(*what: object) -> int:
+    """A seed that is a function of what it is for, in [0, 2**56)."""
+    return int.from_bytes(hashlib.sha256("/".join(map(str, what)).encode()).digest()[:7], "big")
+
+
+def prefix_share(trajectory: Trajectory) -> float:
+    """Tokens before the first error over all tokens of the response."""
+    before = trajectory.steps[trajectory.first_error - 1][1] if trajectory.first_error else 0
+    return before / len(trajectory.token_ids)

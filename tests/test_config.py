@@ -1,0 +1,161 @@
+"""Configuration: wrong keys and values are refused by name, files and overrides layer, what is saved loads again."""
+
+import pytest
+from factories import configured
+from pydantic import ValidationError
+
+from scope_fast.batch import LossOptions
+from scope_fast.config import PRESETS, Config, Loss, digest, find, load, to_yaml
+
+
+def refusal(*overrides, path=None):
+    with pytest.raises(ValueError) as caught:
+        load(path, overrides)
+    assert not isinstance(caught.value, ValidationError)  # ours, in one line
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("loss.clip_hihg", "unknown key loss.clip_hihg; did you mean loss.clip_high?"),
+        ("metod", "unknown key metod; did you mean method?"),
+        ("loss.grop_size", "unknown key loss.grop_size; did you mean rollout.group_size?"),
+        ("group_size", "unknown key group_size; did you mean rollout.group_size?"),
+        ("tau", "unknown key tau; did you mean prm.tau?"),
+        ("learner.tau", "unknown key learner.tau; did you mean prm.tau?"),
+        ("lr", "unknown key lr; did you mean warm_start.lr or learner.lr?"),
+        ("rolout.temperature", "unknown key rolout; did you mean rollout?"),
+        ("checkpoint.zzz", "unknown key checkpoint.zzz; known here: checkpoint.every, checkpoint.keep"),
+    ],
+)
+def test_unknown_keys_name_the_nearest(key, message):
+    assert refusal((key, "1")) == message
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("method", "scop", "did you mean scope?"),
+        ("method", "scop", "method: Input should be 'scope', 'grpo', 'replace', 'prm_reward' or 'sft', got 'scop'"),
+        ("loss.kl", "k9", "loss.kl: Input should be 'none', 'k1', 'k2' or 'k3', got 'k9'; did you mean k3?"),
+        ("loss.backend", "tritn", "did you mean triton?"),
+        ("rollout.group_size", "1", "rollout.group_size: Input should be greater than or equal to 2, got 1"),
+        ("rollout.temperature", "0", "rollout.temperature: Input should be greater than 0, got 0"),
+        ("steps", "many", "steps: Input should be a valid integer"),
+        ("steps", "2.5", "steps: Input should be a valid integer"),
+        ("seed", "-1", "seed: Input should be greater than or equal to 0"),  # Random(-1) is Random(1)
+        ("prm.tau", "1.5", "prm.tau: Input should be less than or equal to 1, got 1.5"),
+        ("prm.tau", ".nan", "prm.tau: Input should be a finite number"),
+        ("learner.lr", ".inf", "learner.lr: Input should be a finite number"),
+        ("data.tasks", "[]", "data.tasks: List should have at least 1 item"),
+        ("data.tasks", "chain_sum", "data.tasks: Input should be a valid list, got 'chain_sum'"),
+        ("loss", "3", "loss: expected a section, got 3"),
+        ("steps.more", "3", "--steps.more: steps is a value, not a section"),
+        ("loss.clip_low", "2", "loss.clip_low=2.0: expected a value in [0, 1]"),
+        ("loss.kl_coef", "0.1", "loss.kl_coef=0.1 needs kl to be one of k1, k2, k3"),
+        ("loss.dual_clip", "0.9", "loss.dual_clip=0.9: expected a value above 1"),
+        ("rollout.context", "128", "rollout.max_tokens=128 leaves no room for a prompt in rollout.context=128"),
+        ("learner.minibatches", "33", "learner.minibatches=33 exceeds rollout.prompts_per_step=32"),
+        ("out", "runs/{metod}", "out='runs/{metod}': only {method} and {seed} are filled in"),
+        ("out", "runs/{", "out='runs/{': only {method} and {seed} are filled in"),
+        ("loss.clip_low", "[1", "--loss.clip_low: not YAML"),
+    ],
+)
+def test_wrong_values_are_named(key, value, message):
+    assert message in refusal(("steps", "3"), (key, value))
+
+
+def test_all_wrong_values_at_once():
+    message = refusal(("steps", "0"), ("rollout.group_size", "1"))
+    assert "steps: " in message and "; rollout.group_size: " in message
+
+
+def test_files_and_overrides_layer(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("method: grpo\nsteps: 7\nloss:\n  clip_high: 0.28\n  nll_coef: 0.5\n")
+    config = load(file, [("loss.nll_coef", "0.7"), ("steps", "9"), ("steps", "11"), ("prm.kind", "exact")])
+    assert (config.method, config.steps, config.loss.clip_high, config.loss.nll_coef) == ("grpo", 11, 0.28, 0.7)
+    assert config.prm.kind == "exact"
+    assert config.loss.clip_low == Loss().clip_low == 0.2  # neither says: the default
+    assert load(file).steps == 7
+
+
+def test_overrides_are_yaml():
+    config = load(None, [("data.tasks", "[chain_sum]"), ("loss.dual_clip", "3"), ("learner.betas", "[0.8, 0.9]")])
+    assert (config.data.tasks, config.loss.dual_clip, config.learner.betas) == (["chain_sum"], 3.0, (0.8, 0.9))
+    assert load(None, [("loss.dual_clip", "null"), ("learner.lr", "1e-5")]).learner.lr == 1e-5  # a string to YAML
+
+
+def test_what_is_saved_loads_again(tmp_path):
+    changes = {"data.tasks": "[leg_counting]", "loss.importance_cap": 2, "learner.betas": "[0.5, 0.6]"}
+    config = configured(method="replace", seed=3, **changes)
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load(tmp_path / "config.yaml") == config
+    assert load(tmp_path / "config.yaml", [("seed", "4")]) != config
+
+
+def test_a_section_with_nothing_in_it_is_the_default(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("loss:\n# clip_high: 0.3\nrollout:\n")
+    assert load(file) == Config()
+    assert load(file, [("loss.clip_high", "0.3")]).loss.clip_high == 0.3
+    file.write_text("")
+    assert load(file) == Config()
+
+
+def test_files_that_are_no_configuration(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("- a\n- b\n")
+    assert refusal(path=file) == f"{file}: expected a mapping of keys, got list"
+    file.write_text("a: [")
+    assert refusal(path=file).startswith(f"{file}: not YAML")
+    file.write_text("1: 2\n")
+    assert refusal(path=file).startswith("unknown key 1; ")
+
+
+def test_presets_all_load_by_name_and_by_their_place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = sorted(path.stem for path in PRESETS.glob("*.yaml"))
+    assert "quickstart" in names
+    for name in names:
+        assert load(name) == load(f"configs/{name}.yaml") == load(PRESETS / f"{name}.yaml")
+    assert find(None) == PRESETS / "quickstart.yaml"
+
+
+def test_a_path_that_leads_nowhere_is_no_preset(tmp_path):
+    for path in (tmp_path / "quickstart.yaml", "elsewhere/quickstart.yaml", "quikstart"):
+        with pytest.raises(FileNotFoundError, match=r"no configuration file .*; presets: .*quickstart"):
+            load(path)
+
+
+def test_the_run_directory():
+    assert str(configured(method="grpo", seed=2).run_dir) == "runs/grpo-seed2"
+    assert configured(out="~/x").run_dir.is_absolute()
+    assert str(configured(out="x").run_dir) == "x"
+
+
+def test_options_of_the_loss():
+    """Every option the operator has is set by the configuration, or by the sampling temperature."""
+    loss = Loss(
+        clip_low=0.1, clip_high=0.3, dual_clip=2.0, policy_loss="cispo", kl="k3", kl_coef=0.1, entropy_coef=0.01,
+        importance_cap=1.5, nll_weight="shaped", logits_dtype="bfloat16", chunk_tokens=64,
+    )  # fmt: skip
+    assert loss.options(0.7) == LossOptions(
+        0.1, 0.3, 2.0, "cispo", "k3", 0.1, 0.01, 1.5, "shaped", 0.7, "bfloat16", 64
+    )  # fmt: skip
+    shapes = {weight: Loss(nll_weight=weight).options(1.0).nll_shape for weight in ("constant", "advantage", "entropy")}
+    assert shapes == {"constant": "constant", "advantage": "constant", "entropy": "entropy"}
+    assert Loss().options(1.0) == LossOptions()
+
+
+def test_a_digest_names_settings():
+    warm = Config().warm_start.model_dump()
+    assert digest(warm, "student") == digest(dict(reversed(warm.items())), "student")  # the order of keys says nothing
+    assert len(digest(warm, "student")) == 16
+    assert len({digest(warm, "student"), digest(warm, "prm"), digest({**warm, "seed": 1}, "student")}) == 3
+
+
+def test_a_configuration_is_frozen():
+    with pytest.raises(ValidationError, match="frozen"):
+        Config().loss.clip_low = 0.3

