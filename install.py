@@ -90,10 +90,10 @@ class Environment:
             self.python.unlink(missing_ok=True)
             sys.exit(f"[install] this Python cannot make virtual environments (python3-venv missing?): {error}")
 
-    def pip(self, *arguments: str, required: bool = True, env: dict[str, str] | None = None) -> bool:
+    def pip(self, *arguments: str, required: bool = True) -> bool:
         """Runs pip. Exits with its message when it fails and is required, else returns whether it went through."""
         command = [str(self.python), "-m", "pip", "--disable-pip-version-check", *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(env or {})})
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode == 0:
             return True
         reason = (done.stderr or done.stdout).strip()
@@ -151,9 +151,7 @@ def install_package(env: Environment) -> None:
     started = time.monotonic()
     for stale in (ROOT / "scope_fast").glob("_native*.so"):
         stale.unlink()  # if the sources no longer compile, the kernels of an older version must not answer for them
-    here = ["install", "-qq", "--no-deps", "--no-build-isolation", "-e", str(ROOT)]
-    tuned = "-march=native " if platform.machine() == "x86_64" else ""  # it stays on this machine
-    env.pip(*here, env={"CFLAGS": tuned + os.environ.get("CFLAGS", "")})
+    env.pip("install", "-qq", "--no-deps", "--no-build-isolation", "-e", str(ROOT))
     native = env.evaluate("import importlib.util as u; print(u.find_spec('scope_fast._native').origin)")
     if native:
         state = "with the C++ extension"

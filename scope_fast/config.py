@@ -334,11 +334,11 @@ def _reject_unknown(raw: dict[str, Any], section: type[BaseModel], prefix: str) 
 
 
 def _nearest(prefix: str, key: str, here: Iterable[str]) -> str:
-    """What was most likely meant: a key of the same section, else that name in others; "" if nothing is near."""
+    """What was most likely meant: a key of the same section, else nearly that name in others; "" if nothing is near."""
     if near := difflib.get_close_matches(key, here, 1, 0.6):
         return prefix + near[0]
     everywhere = [(name.split(".")[-1], name) for name in _all_keys(Config)]
-    near = difflib.get_close_matches(key, [last for last, _ in everywhere], 1, 0.6)
+    near = difflib.get_close_matches(key, [last for last, _ in everywhere], 1, 0.8)  # else a list beats a wrong guess
     return " or ".join(name for last, name in everywhere if near and last == near[0])
 
 

@@ -141,7 +141,7 @@ def test_the_synced_engine_is_the_exported_model_bit_for_bit(tied, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--learner.lerning_rate", "1"], "unknown key learner.lerning_rate; did you mean learner."),
+        (["--learner.lerning_rate", "1"], "unknown key learner.lerning_rate; known here: learner.lr, "),
         (["--method", "scop"], "did you mean scope?"),
         (["nowhere.yaml"], "no configuration file nowhere.yaml; presets: "),
         (["--steps"], "--steps needs a value"),
