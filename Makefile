@@ -1,7 +1,8 @@
 # Every target sets itself up: only Python 3.11+, a C++ compiler (optional) and the package index are needed.
 PYTHON ?= python3
 VENV ?= .venv
-RUN := $(VENV)/bin/python
+# the installer leaves bytecode to the first import; where that may not write it, every process would compile it anew
+RUN := env -u PYTHONDONTWRITEBYTECODE $(VENV)/bin/python
 ARGS ?=
 
 .PHONY: help install train test lint clean

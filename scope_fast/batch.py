@@ -239,3 +239,10 @@ def _concatenate(
         active=torch.arange(len(target)),
     )
     return MicroBatch(torch.tensor(ids), torch.tensor(positions), torch.tensor(where), streams, torch.tensor(owner))
+
+
+def empty_micro_batch() -> MicroBatch:
+    """One token of context and no row: for a rank that has nothing left but must take part in every collective."""
+    context, none, values = torch.zeros(1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), torch.zeros(0)
+    streams = TokenStreams(none, none.to(torch.uint8), values, advantage=values, rollout_logprob=values, active=none)
+    return MicroBatch(context, context, none, streams, none)

@@ -27,6 +27,8 @@ import numpy
 import torch
 import torch.distributed as dist
 
+from scope_fast.distributed import agree, barrier, rank, world_size
+
 MANIFEST = "MANIFEST.json"
 DIGEST_BYTES = 8 << 20  # a digest covers this much of either end of a file: a 7B model must not take minutes to hash
 FILE_BYTES = 1 << 30  # of tensors (all ranks together) per file, since the writer holds a file's content in memory
@@ -47,22 +49,22 @@ def save(run_dir: Path | str, step: int, state: dict[str, Any], keep: int = 2) -
         raise ValueError(f"keep={keep}: expected at least 1")
     root = Path(run_dir) / "checkpoints"
     target, temporary = root / f"step_{step}", root / f".tmp-step_{step}"
-    if _rank() == 0:
+    if rank() == 0:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-    _barrier()
+    barrier()
     tensors: dict[str, torch.Tensor] = {}
     image = _split(state, "", tensors)
-    aliases = _agree(_aliases(tensors))
-    _write(temporary / f"state_{_rank()}.json", {"state": image, "aliases": aliases})
+    aliases = agree(_aliases(tensors))
+    _write(temporary / f"state_{rank()}.json", {"state": image, "aliases": aliases})
     _save_tensors(temporary, {place: t.contiguous() for place, t in tensors.items() if place not in aliases})
-    _barrier()
-    if _rank() == 0:
+    barrier()
+    if rank() == 0:
         files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
-        _write(temporary / MANIFEST, {"step": step, "world_size": _world_size(), "files": files})
+        _write(temporary / MANIFEST, {"step": step, "world_size": world_size(), "files": files})
         _replace(temporary, target)
         _prune(root, keep)
-    _barrier()
+    barrier()
     return target
 
 
@@ -73,9 +75,9 @@ def load(path: Path | str, like: dict[str, Any] | None = None) -> dict[str, Any]
         values are overwritten); tensors that it lacks are loaded whole, on the CPU. Collective.
     """
     path = Path(path)
-    if reason := _agree(_damage(path) if _rank() == 0 else None):
+    if reason := agree(_damage(path) if rank() == 0 else None):
         raise DamagedCheckpoint(f"checkpoint {path}: {reason}")
-    own = path / f"state_{_rank()}.json"  # a run resumed on more ranks than it was saved from: the first one's values
+    own = path / f"state_{rank()}.json"  # a run resumed on more ranks than it was saved from: the first one's values
     saved = json.loads((own if own.exists() else path / "state_0.json").read_text())
     wanted: dict[str, torch.Tensor] = {}
     if like is not None:
@@ -88,14 +90,14 @@ def load(path: Path | str, like: dict[str, Any] | None = None) -> dict[str, Any]
 def latest(run_dir: Path | str) -> Path | None:
     """The newest undamaged checkpoint of a run or None; prints the ones it skips, and why. Collective."""
     found = None
-    if _rank() == 0:
+    if rank() == 0:
         for path in reversed(_steps(Path(run_dir) / "checkpoints")):
             reason = _damage(path)
             if reason is None:
                 found = path
                 break
             print(f"checkpoint {path} skipped: {reason}", flush=True)
-    return _agree(found)
+    return agree(found)
 
 
 def load_latest(run_dir: Path | str, like: dict[str, Any] | None = None) -> dict[str, Any] | None:
@@ -135,14 +137,14 @@ def export(run_dir: Path | str, model: Any, tokenizer: Any, generation_config: A
     root = Path(run_dir)
     target, temporary = root / "export", root / ".tmp-export"
     weights = _full_weights(model)
-    if _rank() == 0:
+    if rank() == 0:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         model.save_pretrained(temporary, state_dict=weights)
         tokenizer.save_pretrained(temporary)
         (generation_config or model.generation_config).save_pretrained(temporary)
         _replace(temporary, target)
-    _barrier()
+    barrier()
     return target
 
 
@@ -314,27 +316,3 @@ def _prune(root: Path, keep: int) -> None:
     for path in [*_steps(root), *root.glob(".tmp-step_*"), *root.glob(".old-step_*")]:
         if path not in kept:
             shutil.rmtree(path)
-
-
-# --- one process or many -------------------------------------------------------------------------------------------
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def _agree(value: Any) -> Any:
-    """Rank 0's value, on every rank."""
-    box = [value]
-    if dist.is_initialized():
-        dist.broadcast_object_list(box, src=0)
-    return box[0]

@@ -181,6 +181,16 @@ class Learner(_Section):
     token_budget: Positive = Field(1024, description="packed tokens of one micro-batch")
     minibatches: Positive = Field(1, description="optimiser steps an epoch; 1 with epochs 1 needs no old logprobs")
     epochs: Positive = 1
+    activation_checkpointing: Literal["none", "selective", "full"] = Field(
+        "none", description="recompute no block, every other block or every block in the backward"
+    )
+    attention: Literal["auto", "flash_attention_2", "sdpa", "flex_attention", "eager"] = Field(
+        "auto",
+        description="auto: flash-attn on a GPU that has it installed, else sdpa; all mask packed sequences alike",
+    )
+    liger: bool = Field(False, description="liger-kernel's RMSNorm, RoPE and SwiGLU (CUDA only)")
+    shard_size: Positive | None = Field(None, description="ranks that share one copy of the model; None: a node's")
+    cpu_offload: bool = Field(False, description="sharded weights and optimiser state live in host memory")
 
 
 class Evaluation(_Section):
@@ -205,6 +215,12 @@ class Logging(_Section):
     report: bool = Field(True, description="write report.html at the end")
 
 
+class Distributed(_Section):
+    """Several processes under torchrun. timeout_s: longest wait for another rank before the run ends with an error."""
+
+    timeout_s: float = Field(1800.0, gt=0)
+
+
 class Config(_Section):
     """A whole run."""
 
@@ -223,6 +239,7 @@ class Config(_Section):
     scope: Scope = Scope()
     loss: Loss = Loss()
     learner: Learner = Learner()
+    distributed: Distributed = Distributed()
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
     logging: Logging = Logging()

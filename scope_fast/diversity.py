@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from itertools import combinations
-from statistics import fmean, median
+from statistics import fmean
 
 INSTALL = "pip install 'scope-fast[eval]'"
 
@@ -32,24 +32,22 @@ def unique_answers(answers: Sequence[str | None]) -> int:
     return len({answer.strip() for answer in answers if answer is not None})
 
 
-def diversity_metrics(
+def diversity_values(
     groups: Sequence[Sequence[Sequence[Hashable]]], answers: Sequence[Sequence[str | None]]
-) -> dict[str, float]:
-    """diversity/{distinct_1,distinct_4,unique_answers} over prompts.
+) -> dict[str, list[float]]:
+    """diversity/{distinct_1,distinct_4,unique_answers} of every prompt (metrics.fold makes one value of them).
 
     groups[i], answers[i]: the token sequences and the final answers of prompt i's rollouts. distinct-n is taken within
-    each prompt, then the median over prompts (the paper's table says "median"); unique answers is a mean of counts.
-    What is undefined is left out. Raises ValueError where groups and answers count different prompts.
+    each prompt; prompts where it is undefined are left out. Raises ValueError where groups and answers count different
+    prompts.
     """
     if len(groups) != len(answers):
         raise ValueError(f"groups has {len(groups)} prompts, answers has {len(answers)}")
-    result = {}
+    result: dict[str, list[float]] = {}
     for n in (1, 4):
-        shares = [share for group in groups if (share := distinct_n(group, n)) is not None]
-        if shares:
-            result[f"diversity/distinct_{n}"] = float(median(shares))
-    if answers:
-        result["diversity/unique_answers"] = fmean(map(unique_answers, answers))
+        shares = (distinct_n(group, n) for group in groups)
+        result[f"diversity/distinct_{n}"] = [share for share in shares if share is not None]
+    result["diversity/unique_answers"] = [float(unique_answers(given)) for given in answers]
     return result
 
 

@@ -4,6 +4,10 @@ What makes it cheap: no padding (sequences are told apart by their position_ids)
 can have a gradient and to no others, sequences without such a row never enter the model, and with one optimiser step
 per batch the old policy is the current one, so no extra forward is needed. A reference model exists only if there is a
 KL coefficient: the weights the learner was made with, frozen.
+
+One process or many (sharding.py): the loss is a sum over rows whose weights carry the counts of all ranks, gradients
+are summed over ranks, and every rank runs the same number of micro-batches, an empty one where it has none left. So the
+result does not depend on packing, on the split into micro-batches or on the number of ranks.
 """
 
 from __future__ import annotations
@@ -17,8 +21,12 @@ from functools import partial
 
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
-from scope_fast.batch import LossOptions, MicroBatch, Segment, TokenStreams, TrainSequence, pack
+from scope_fast import distributed, sharding
+from scope_fast.batch import LossOptions, MicroBatch, Segment, TokenStreams, TrainSequence, empty_micro_batch, pack
 from scope_fast.config import Learner as LearnerConfig
 from scope_fast.losses import linear_scope_loss
 from scope_fast.ops.linear_logprob import linear_logprob
@@ -54,12 +62,38 @@ def hidden_rows(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
     return output.last_hidden_state[0].index_select(0, batch.rows)
 
 
+class Objective(nn.Module):
+    """The model with what the learner asks of it inside one forward, as sharding wants it.
+
+    autocast: a context manager around the forward, for weights that are kept wider than what is computed in.
+    """
+
+    def __init__(self, model: nn.Module, options: LossOptions, backend: str | None, autocast: Callable) -> None:
+        super().__init__()
+        self.model, self.options, self.backend, self.autocast = model, options, backend, autocast
+
+    def forward(self, batch: MicroBatch, score_only: bool = False):
+        """(loss, metrics) of a micro-batch; score_only: the log-probabilities (T,) of its targets, without gradient."""
+        head, options = self.model.get_output_embeddings(), self.options
+        with self.autocast():
+            hidden = hidden_rows(self.model, batch)
+            if score_only:
+                return linear_logprob(
+                    hidden, head.weight, batch.streams.target, bias=head.bias, temperature=options.temperature,
+                    logits_dtype=options.logits_dtype, backend=self.backend,
+                ).logprob  # fmt: skip
+            return linear_scope_loss(hidden, head.weight, batch.streams, options, bias=head.bias, backend=self.backend)
+
+
 class Learner:
     """Owns the model, the optimiser and the schedule.
 
-    model: a Hugging Face causal LM. total_steps: optimiser steps the schedule spans. options: of the loss.
+    model: a Hugging Face causal LM, on the device where it is to live; the same weights on every rank. total_steps:
+    optimiser steps the schedule spans. options: of the loss.
     joint_normalizer: NLL weights are divided by all trained tokens instead of by the NLL tokens alone.
-    compute_dtype: what forward and backward run in (autocast), whatever the dtype of the weights the optimiser holds.
+    compute_dtype: what forward and backward run in, whatever the dtype of the weights the optimiser holds.
+    mesh: the ranks to shard over (sharding.make_mesh); None: this process holds everything. All methods are then
+    collective, and `update` returns the metrics of all ranks on each of them.
     The weights given here are the reference of a KL coefficient, also when a checkpoint is loaded afterwards.
     """
 
@@ -72,23 +106,33 @@ class Learner:
         joint_normalizer: bool = False,
         backend: str | None = None,
         compute_dtype: torch.dtype = torch.float32,
+        mesh: DeviceMesh | None = None,
     ) -> None:
         check_model(model)
         self.model, self.config, self.options = model, config, options
-        self.joint_normalizer, self.backend = joint_normalizer, backend
-        self.device = next(model.parameters()).device
-        lower = compute_dtype != torch.float32
-        self.autocast = partial(torch.autocast, self.device.type, compute_dtype, enabled=lower)
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
-        )
+        self.joint_normalizer, self.mesh = joint_normalizer, mesh
+        lower = compute_dtype != torch.float32 and mesh is None  # sharded weights are cast as they are gathered
+        device_type = next(model.parameters()).device.type if mesh is None else mesh.device_type
+        autocast = partial(torch.autocast, device_type, compute_dtype, enabled=lower)
+        frozen = copy.deepcopy(model).requires_grad_(False) if options.kl_coef else None
+        sharding.checkpoint_activations(model, config.activation_checkpointing)
+        self.objective = Objective(model, options, backend, autocast)
+        self.reference = None if frozen is None else Objective(frozen, options, backend, autocast)
+        for objective in (self.objective, self.reference):
+            if mesh is not None and objective is not None:
+                sharding.shard(objective, objective.model, mesh, compute_dtype, config.cpu_offload)
+        self.device = torch.device(device_type) if mesh is None else distributed.device()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, config.lr, config.betas, weight_decay=config.weight_decay)
+        for p in trained:  # as its first step would: a checkpoint is loaded into shards that must be there
+            moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            self.optimizer.state[p] = {"step": torch.zeros(()), **moments}
         steps = total_steps * config.minibatches * config.epochs
         self.factor = _schedule(config, steps)
-        self.reference = copy.deepcopy(model).requires_grad_(False) if options.kl_coef else None
         self.steps = 0  # optimiser steps taken or skipped for want of an active row: the schedule goes by these
 
     def update(self, minibatches: list[list[TrainSequence]]) -> dict[str, float]:
-        """One optimiser step for each minibatch, `epochs` times over.
+        """One optimiser step for each minibatch, `epochs` times over; of this rank's sequences, with all ranks' others.
 
         Returns loss/rl, loss/nll, loss/total and grad/norm (means over the optimiser steps), policy/* and
         sampling/logprob_gap where they are defined, tokens/trained and tokens/skipped (zero-gradient rows), and
@@ -105,21 +149,27 @@ class Learner:
             norms.append(self._step(minibatch, totals))
         if not on_policy and totals:  # measured before the updates: afterwards it would show how far they went
             totals["sampling/gap_max"] = max(_gap(batch.streams) for minibatch in packed for batch in minibatch)
+        totals |= {"tokens/trained": trained, "tokens/wanted": wanted}
+        totals = _merged(distributed.gather(dict(totals)))
         finite = [norm for norm in norms if math.isfinite(norm)]
         return {
             **_means(totals, len(norms)),
             "grad/norm": sum(finite) / max(len(finite), 1),
             "learner/lr": self.config.lr * self.factor(self.steps - 1),
             "learner/skipped_updates": len(norms) - len(finite),
-            "tokens/trained": trained,
-            "tokens/skipped": wanted - trained,
+            "tokens/trained": totals["tokens/trained"],
+            "tokens/skipped": totals["tokens/wanted"] - totals["tokens/trained"],
         }
 
     def _pack(self, sequences: list[TrainSequence]) -> list[MicroBatch]:
+        """This rank's micro-batches of one optimiser step, weighted by all ranks' counts, as many as on any rank."""
         segments = [s for q in sequences for s in q.segment]
-        rl, nll = segments.count(Segment.RL), segments.count(Segment.NLL)
+        counts = distributed.gather((segments.count(Segment.RL), segments.count(Segment.NLL)))
+        rl, nll = (sum(column) for column in zip(*counts, strict=True))
         nll_count = rl + nll if self.joint_normalizer else nll
         batches = pack(sequences, self.config.token_budget, self.options, max(rl, 1), max(nll_count, 1))
+        most = max(distributed.gather(len(batches)))
+        batches += [empty_micro_batch() for _ in range(most - len(batches))]
         return [batch.to(self.device) for batch in batches]
 
     def _step(self, batches: Iterable[MicroBatch], totals: dict[str, float]) -> float:
@@ -128,18 +178,13 @@ class Learner:
         No host sync before the last micro-batch.
         """
         sums: list[dict[str, torch.Tensor]] = []
-        head = self.model.get_output_embeddings()
         for batch in batches:
-            with self.autocast():
-                loss, metrics = linear_scope_loss(
-                    hidden_rows(self.model, batch), head.weight, batch.streams, self.options,
-                    bias=head.bias, backend=self.backend,
-                )  # fmt: skip
+            loss, metrics = self.objective(batch)
             loss.backward()
             sums.append(metrics)
         norm = 0.0
         if sums:
-            norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm))
+            norm = _number(nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm))
         if sums and math.isfinite(norm):
             for group in self.optimizer.param_groups:
                 group["lr"] = self.config.lr * self.factor(self.steps)
@@ -148,37 +193,44 @@ class Learner:
         self.steps += 1
         for metrics in sums if math.isfinite(norm) else ():  # a skipped update has no loss to report
             for name, value in metrics.items():
-                merge = max if name.endswith("_max") else float.__add__
-                totals[name] = merge(totals[name], float(value))
+                totals[name] = _merge(name)(totals[name], float(value))
         return norm
 
     def _scored(self, batch: MicroBatch, on_policy: bool) -> MicroBatch:
         """The micro-batch with the log-probabilities its loss is taken against: none, most often."""
-        old = batch.streams.old_logprob if on_policy else self._logprob(self.model, batch)
-        reference = None if self.reference is None else self._logprob(self.reference, batch)
+        with torch.no_grad():
+            old = batch.streams.old_logprob if on_policy else self.objective(batch, score_only=True)
+            reference = None if self.reference is None else self.reference(batch, score_only=True)
         return replace(batch, streams=replace(batch.streams, old_logprob=old, ref_logprob=reference))
 
-    @torch.no_grad()
-    def _logprob(self, model: nn.Module, batch: MicroBatch) -> torch.Tensor:
-        head, options = model.get_output_embeddings(), self.options
-        return linear_logprob(
-            hidden_rows(model, batch), head.weight, batch.streams.target, bias=head.bias,
-            temperature=options.temperature, logits_dtype=options.logits_dtype, backend=self.backend,
-        ).logprob  # fmt: skip
-
     def state_dict(self) -> dict[str, object]:
-        """Model, optimiser and place in the schedule, for a checkpoint."""
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "steps": self.steps,
-        }
+        """Model, optimiser (by parameter name, so that it loads under any sharding) and place in the schedule."""
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        return {"model": model, "optimizer": optimizer, "steps": self.steps}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
         """The inverse of `state_dict`."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         self.steps = state["steps"]
+
+
+def _number(value: torch.Tensor) -> float:
+    """A norm as a number; of sharded gradients it is a DTensor that every rank holds a part of."""
+    return float(value.full_tensor() if isinstance(value, DTensor) else value)
+
+
+def _merge(name: str) -> Callable[[float, float], float]:
+    """How two values of a metric become one: maxima are compared, everything else adds up."""
+    return max if name.endswith("_max") else float.__add__
+
+
+def _merged(parts: list[dict[str, float]]) -> dict[str, float]:
+    """The ranks' totals as one."""
+    result: dict[str, float] = defaultdict(float)
+    for part in parts:
+        for name, value in part.items():
+            result[name] = _merge(name)(result[name], float(value))
+    return result
 
 
 def _schedule(config: LearnerConfig, steps: int) -> Callable[[int], float]:
@@ -197,7 +249,7 @@ def _schedule(config: LearnerConfig, steps: int) -> Callable[[int], float]:
 def _gap(streams: TokenStreams) -> float:
     """Largest difference between the learner's log-probability of a sampled token and the engine's."""
     gap = (streams.old_logprob - streams.rollout_logprob).abs()
-    return float(torch.where(streams.segment == Segment.RL, gap, 0.0).amax())
+    return float(torch.where(streams.segment == Segment.RL, gap, 0.0).amax()) if len(streams) else 0.0
 
 
 def _means(totals: dict[str, float], steps: int) -> dict[str, float]:

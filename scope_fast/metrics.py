@@ -11,10 +11,11 @@ import importlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -105,6 +106,16 @@ def scalar(name: str, value: float | torch.Tensor) -> float | int:
     if not math.isfinite(value):
         raise ValueError(f"{name} is {value}: an undefined metric is left out, anything else is a defect")
     return value
+
+
+def fold(values: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """One value a metric: the mean, of distinct-n the median (the paper's table says so); without values, none."""
+    medians = ("diversity/distinct_1", "diversity/distinct_4")
+    return {
+        name: float(median(each)) if name in medians else fmean(map(float, each))
+        for name, each in values.items()
+        if each
+    }
 
 
 class MetricsWriter:
@@ -228,15 +239,23 @@ class RolloutLog:
         self._file.close()
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Adds one rollout. JSON knows no NaN: a number that is not finite (a bad probability) becomes null."""
-        self._file.write(_to_json(record) + "\n")
+        """Adds one rollout."""
+        self.append_line(to_json(record))
+
+    def append_line(self, line: str) -> None:
+        """Adds one rollout that `to_json` made a line of, on this rank or another."""
+        self._file.write(line + "\n")
 
     def flush(self) -> None:
         """Hands what was appended to the operating system; call it once a step."""
         self._file.flush()
 
 
-def _to_json(record: Mapping[str, Any]) -> str:
+def to_json(record: Mapping[str, Any]) -> str:
+    """A rollout's line of rollouts.jsonl. JSON knows no NaN: a number that is not finite becomes null.
+
+    Raises ValueError for a record without an integer step.
+    """
     if not isinstance(record.get("step"), int):
         raise ValueError(f"record['step'] is {record.get('step')!r}: expected an int")
     try:

@@ -2,20 +2,25 @@
 
 Without arguments it runs configs/quickstart.yaml. A run directory holds config.yaml, metrics.jsonl, rollouts.jsonl,
 tensorboard/, checkpoints/step_N, export/ (a Hugging Face folder) and report.html.
+
+`torchrun --nproc-per-node N -m scope_fast.train ...` runs the same on N ranks: the learner is sharded over them, each
+samples its share of the prompts with an engine of its own, rank 0 writes and speaks.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from pathlib import Path
 
 import torch
 from rich.console import Console
+from torch.distributed.elastic.multiprocessing.errors import record
 from transformers.utils.logging import disable_progress_bar
 
-from scope_fast import checkpoint, warm_start
+from scope_fast import checkpoint, distributed, sharding, warm_start
 from scope_fast.config import Config, load, to_yaml
 from scope_fast.data import PromptSource
 from scope_fast.learner import Learner
@@ -38,8 +43,16 @@ LAST = ("export", "report.html")  # what is made after the last step, in this or
 console = Console(highlight=False)
 
 
+@record  # under torchrun the reason of the rank that failed first goes on top
 def main(argv: list[str] | None = None) -> int:
     config, resume, dry_run = parse(argv)
+    with distributed.process_group(config.distributed.timeout_s):
+        console.quiet = not distributed.is_main()
+        return run(config, resume, dry_run)
+
+
+def run(config: Config, resume: str, dry_run: bool) -> int:
+    """The command's exit status: 0, or 2 with the message where what is asked for cannot be."""
     if dry_run:
         console.print(to_yaml(config), markup=False, end="")
         console.print(plan(config), markup=False)
@@ -118,6 +131,18 @@ def claim(config: Config, resume: str) -> Path | None:
     Raises ValueError if a run of another configuration began there, or any at all with `--resume never`. `steps` may
     grow between the parts of a run, unless the learning rate's schedule depends on it.
     """
+    refusal = None
+    if distributed.is_main():
+        try:
+            _claim_folder(config, resume)
+        except ValueError as error:
+            refusal = str(error)
+    if refusal := distributed.agree(refusal):
+        raise ValueError(refusal)
+    return checkpoint.latest(config.run_dir)
+
+
+def _claim_folder(config: Config, resume: str) -> None:
     folder = config.run_dir
     folder.mkdir(parents=True, exist_ok=True)
     stored = folder / "config.yaml"
@@ -129,7 +154,6 @@ def claim(config: Config, resume: str) -> Path | None:
         if different:
             raise ValueError(f"out: {folder} holds a run of another configuration ({', '.join(different)} differ)")
     stored.write_text(to_yaml(config))
-    return checkpoint.latest(folder)
 
 
 def finished(config: Config, start: Path | None) -> bool:
@@ -149,11 +173,19 @@ def _differences(old: dict, new: dict, free: frozenset[str] = frozenset(), prefi
 
 
 def build(config: Config, stack: ExitStack) -> Trainer:
-    """All parts of a run, the made ones cached; `stack` closes them."""
+    """All parts of a run, the made ones cached; `stack` closes them. Collective."""
+    ranks = distributed.world_size()
+    if config.rollout.prompts_per_step < ranks:
+        raise ValueError(
+            f"rollout.prompts_per_step={config.rollout.prompts_per_step}: at least one for each of {ranks} ranks"
+        )
     disable_progress_bar()  # of transformers' loading: ours is enough
-    with progress_bars(console) as progress:
-        folders = {role: role_folder(config, role, progress) for role in ("student", "prm", "teacher")}
-    torch.manual_seed(config.seed)
+    folders = None
+    if distributed.is_main():  # the others find what rank 0 made
+        with progress_bars(console) as progress:
+            folders = {role: role_folder(config, role, progress) for role in ("student", "prm", "teacher")}
+    folders = distributed.agree(folders)
+    torch.manual_seed(config.seed + distributed.rank())
     student, tokenizer = load_student(config, folders["student"])
     engine = stack.enter_context(
         closing(make_engine(config.rollout.engine, str(folders["student"]), engine_options(config)))
@@ -167,6 +199,7 @@ def build(config: Config, stack: ExitStack) -> Trainer:
         joint_normalizer=config.loss.nll_normalizer == "joint",
         backend=config.loss.backend,
         compute_dtype=DTYPES[config.model.dtype],
+        mesh=sharding.make_mesh(config.learner.shard_size) if ranks > 1 else None,
     )
     return Trainer(
         config,
@@ -197,12 +230,13 @@ def load_student(config: Config, folder: str):
     if tokenizer.eos_token_id is None:
         raise ValueError(f"model.path: the tokenizer of {folder} has no EOS token, which ends every response")
     # float32 whatever model.dtype says: a bfloat16 weight would lose an update of 1e-6: the learner casts instead
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device()), tokenizer
-
-
-def device() -> torch.device:
-    """Where the learner and the reward model live."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation=sharding.attention(config.learner.attention)
+    )
+    if config.learner.liger:
+        sharding.use_liger(model)
+    # one of several ranks keeps its shards only: the whole model stays in host memory until they are cut
+    return model if distributed.world_size() > 1 else model.to(distributed.device()), tokenizer
 
 
 def engine_options(config: Config) -> EngineOptions:
@@ -226,7 +260,7 @@ def make_scorer(config: Config, folder: str | None, tokenizer) -> StepScorer:
 
     check_shared_tokenizer(tokenizer, AutoTokenizer.from_pretrained(folder), "prm.path")
     model = AutoModelForTokenClassification.from_pretrained(folder, dtype=DTYPES[config.model.dtype])
-    return TokenClassifierScorer(model.to(device()), config.prm.token_budget)
+    return TokenClassifierScorer(model.to(distributed.device()), config.prm.token_budget)
 
 
 def make_teacher(config: Config, folder: str | None, tokenizer, stack: ExitStack) -> Teacher:
@@ -249,20 +283,26 @@ def train(trainer: Trainer, start: Path | None, stack: ExitStack) -> None:
         console.print(f"resumed from {start} at step {trainer.done}", markup=False)
     elif (out / "metrics.jsonl").exists():
         console.print(f"{out} was stopped before its first checkpoint: starting over")
-    wandb = {"project": config.logging.wandb_project} if config.logging.wandb_project else None
-    writer = stack.enter_context(
-        MetricsWriter(out, config.steps, config.method, wandb, resume_step=-1 if start is None else trainer.done)
-    )
+    write = metrics_writer(config, -1 if start is None else trainer.done, stack)
     if start is None:
-        writer.write(0, {"eval/pass_rate_before": held_out(trainer, "before")}, show=False)
+        write(0, {"eval/pass_rate_before": held_out(trainer, "before")}, show=False)
     for step, metrics in trainer.run():
-        writer.write(step, metrics)
+        write(step, metrics)
         if step == config.steps or (config.checkpoint.every and step % config.checkpoint.every == 0):
             checkpoint.save(out, step, trainer.state_dict(), config.checkpoint.keep)
-    writer.write(config.steps, {"eval/pass_rate": held_out(trainer, "after")}, show=False)
+    write(config.steps, {"eval/pass_rate": held_out(trainer, "after")}, show=False)
     checkpoint.export(out, trainer.learner.model, trainer.tokenizer)
-    if config.logging.report:
+    if config.logging.report and distributed.is_main():
         console.print(f"report: {write_report(out)}", markup=False, soft_wrap=True)
+
+
+def metrics_writer(config: Config, resume_step: int, stack: ExitStack) -> Callable[..., None]:
+    """`MetricsWriter.write` on rank 0; on the others a function that writes nothing."""
+    if not distributed.is_main():
+        return lambda step, metrics, show=True: None
+    wandb = {"project": config.logging.wandb_project} if config.logging.wandb_project else None
+    writer = MetricsWriter(config.run_dir, config.steps, config.method, wandb, resume_step=resume_step)
+    return stack.enter_context(writer).write
 
 
 def held_out(trainer: Trainer, when: str) -> float:

@@ -1,6 +1,7 @@
 """The loop: rollouts, verdicts, first errors, repairs, one update, one weight sync. `Trainer.step` is all of it.
 
-The five methods share this file: what differs is a `Method` (scope/advantage.py), made from the configuration.
+The five methods share this file: what differs is a `Method` (scope/advantage.py), made from the configuration. Under
+torchrun every rank runs it on its share of the step's prompts; the learner and the weight sync join them.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from statistics import fmean
 
 import torch
 
+from scope_fast import distributed
 from scope_fast.batch import TrainSequence
 from scope_fast.checkpoint import capture_rng, restore_rng
 from scope_fast.config import Config
 from scope_fast.data import PromptSource
-from scope_fast.diversity import diversity_metrics
+from scope_fast.diversity import diversity_values
 from scope_fast.learner import Learner
-from scope_fast.metrics import RolloutLog, Timer
+from scope_fast.metrics import RolloutLog, Timer, fold, to_json
 from scope_fast.prm.scorers import StepScorer
 from scope_fast.records import record
 from scope_fast.rollout.base import RolloutEngine, Sampling
@@ -62,7 +64,7 @@ class Trainer:
         self.timer.metrics()  # what happened between two steps belongs to neither
         mode = method(self.config, Random(f"{self.config.seed}/{self.done}"))
         with self.timer("generate"):
-            groups = self.sample(self.data.next(self.config.rollout.prompts_per_step))
+            groups = self.sample(self.my_prompts())
         with self.timer("verify"):
             self.verify(groups)
         with self.timer("prm"):
@@ -72,22 +74,27 @@ class Trainer:
             self.repair(chosen)
         with self.timer("learn"):
             stamped = [mode.stamp(group, self.config.loss) for group in groups]
-            learned = self.learner.update(self.minibatches(stamped))
+            learned = self.learner.update(self.minibatches(groups, stamped))
         self.done += 1
         with self.timer("sync"):
             self.engine.update_weights(self.learner.model, version=self.done)
         self.record(groups, stamped)
         return self.metrics(groups, chosen, learned)
 
-    def sample(self, prompts: list[Prompt]) -> list[Group]:
+    def my_prompts(self) -> list[tuple[int, Prompt]]:
+        """This rank's share of the step's prompts, each with its number; every rank moves the same cursor."""
+        prompts = list(enumerate(self.data.next(self.config.rollout.prompts_per_step)))
+        return prompts[distributed.rank() :: distributed.world_size()]
+
+    def sample(self, numbered: list[tuple[int, Prompt]]) -> list[Group]:
         """G rollouts of every prompt, each request seeded by what it is, so that a resumed run draws the same."""
         settings = self.config.rollout
         sampling = Sampling(settings.temperature, settings.top_p, settings.max_tokens, (self.tokenizer.eos_token_id,))
         # numbered too: a small file of prompts may bring one twice in a step
-        seeds = [[self._seed("rollout", n, p.id, i) for i in range(settings.group_size)] for n, p in enumerate(prompts)]
-        outputs = self.engine.generate([list(p.ids) for p in prompts], settings.group_size, sampling, seeds)
+        seeds = [[self._seed("rollout", n, p.id, i) for i in range(settings.group_size)] for n, p in numbered]
+        outputs = self.engine.generate([list(p.ids) for _, p in numbered], settings.group_size, sampling, seeds)
         groups = []
-        for number, (prompt, rollouts) in enumerate(zip(prompts, outputs, strict=True)):
+        for (number, prompt), rollouts in zip(numbered, outputs, strict=True):
             groups.append([self._trajectory(prompt, number, i, r) for i, r in enumerate(rollouts)])
         return groups
 
@@ -175,83 +182,96 @@ class Trainer:
         text = self.tokenizer.decode(kept + trajectory.repair.suffix_ids, skip_special_tokens=True)
         return text, trajectory.prompt.entry
 
-    def minibatches(self, stamped: list[Stamped]) -> list[list[TrainSequence]]:
-        """Groups dealt out in turn to `learner.minibatches` optimiser steps; a group is never split."""
-        count = self.config.learner.minibatches
-        return [[s for group in stamped[i::count] for s in group if s is not None] for i in range(count)]
+    def minibatches(self, groups: list[Group], stamped: list[Stamped]) -> list[list[TrainSequence]]:
+        """Groups dealt out in turn to `learner.minibatches` optimiser steps, by their number in the step on whatever
+        rank they are; a group is never split."""
+        dealt: list[list[TrainSequence]] = [[] for _ in range(self.config.learner.minibatches)]
+        for group, sequences in zip(groups, stamped, strict=True):
+            dealt[group[0].group % len(dealt)] += [s for s in sequences if s is not None]
+        return dealt
 
     def _seed(self, *what: object) -> int:
         return _hash(self.config.seed, self.done, *what)
 
     def record(self, groups: list[Group], stamped: list[Stamped]) -> None:
-        """One line of rollouts.jsonl for every rollout."""
-        for group, sequences in zip(groups, stamped, strict=True):
-            for trajectory, sequence in zip(group, sequences, strict=True):
-                self.log.append(record(self.done, trajectory, sequence, self.tokenizer))
-        self.log.flush()
+        """One line of rollouts.jsonl for every rollout, in the order of the prompts; rank 0 writes all ranks' lines."""
+        lines = {
+            (trajectory.group, trajectory.sample): to_json(record(self.done, trajectory, sequence, self.tokenizer))
+            for group, sequences in zip(groups, stamped, strict=True)
+            for trajectory, sequence in zip(group, sequences, strict=True)
+        }
+        every = {key: line for part in distributed.gather(lines) for key, line in part.items()}
+        if distributed.is_main():
+            for key in sorted(every):
+                self.log.append_line(every[key])
+            self.log.flush()
 
     def pass_rate(self, prompts: list[Prompt], samples: int, temperature: float) -> tuple[float, int]:
         """Share of verified samples that pass, and how many got no verdict. RuntimeError when none got one."""
+        mine = prompts[distributed.rank() :: distributed.world_size()]
         sampling = Sampling(temperature, 1.0, self.config.rollout.max_tokens, (self.tokenizer.eos_token_id,))
-        seeds = [[_hash("heldout", p.id, i) for i in range(samples)] for p in prompts]
-        outputs = self.engine.generate([list(p.ids) for p in prompts], samples, sampling, seeds)
+        seeds = [[_hash("heldout", p.id, i) for i in range(samples)] for p in mine]
+        outputs = self.engine.generate([list(p.ids) for p in mine], samples, sampling, seeds)
         items = [
             (self.tokenizer.decode(rollout.token_ids, skip_special_tokens=True), prompt.entry)
-            for prompt, rollouts in zip(prompts, outputs, strict=True)
+            for prompt, rollouts in zip(mine, outputs, strict=True)
             for rollout in rollouts
         ]
-        verdicts = self.verifier.score(items)
-        rewards = [v.reward for v in verdicts if v.reward is not None]
+        verdicts = [(v.reward, v.reason) for v in self.verifier.score(items)]
+        verdicts = [verdict for part in distributed.gather(verdicts) for verdict in part]
+        rewards = [reward for reward, _ in verdicts if reward is not None]
         if not rewards:
-            raise RuntimeError(f"no verdict on any of {len(items)} held-out responses; the first: {verdicts[0].reason}")
-        return fmean(reward > 0 for reward in rewards), len(items) - len(rewards)
+            raise RuntimeError(f"no verdict on any of {len(verdicts)} held-out responses; the first: {verdicts[0][1]}")
+        return fmean(reward > 0 for reward in rewards), len(verdicts) - len(rewards)
 
     def metrics(self, groups: list[Group], chosen: Group, learned: dict[str, float]) -> dict[str, float]:
-        """The step's metrics; what is undefined is left out."""
-        members = [t for group in groups for t in group]
-        verified = [t for t in members if t.reward is not None]
-        failed = [t for t in members if t.failed]
-        tokens = sum(len(t.token_ids) for t in members)
-        result: dict[str, float] = {
+        """The step's metrics, of all ranks; what is undefined is left out."""
+        mine = (self._sums(groups, chosen), self._values(groups), self.timer.metrics())
+        sums, values, seconds = zip(*distributed.gather(mine), strict=True)
+        result = {
             **learned,
-            **{
-                name: self.counts[name]
-                for name in ("verifier/timeouts", "verifier/crashes", "prm/invalid", "scope/empty")
-            },
-            **self.data.take_counts(),
-            **self._funnel(chosen, failed),
-            "response/length": tokens / len(members),
-            "response/truncated": fmean(t.finish_reason == "length" for t in members),
-            "sampling/entropy": -sum(sum(t.logprobs) for t in members) / max(tokens, 1),
-            **diversity_metrics([[t.token_ids for t in g] for g in groups], [[t.answer for t in g] for g in groups]),
-            "tokens/rollout": tokens,
-            "tokens/teacher": sum(len(t.repair.suffix_ids) for t in chosen),
+            **{name: sum(part[name] for part in sums) for name in sums[0]},
+            **fold({name: [v for part in values for v in part[name]] for name in values[0]}),
+            **self.data.take_counts(),  # the same on every rank
             "sync/weight_version": self.engine.version,
-            **self.timer.metrics(),
+            **{name: max(part[name] for part in seconds) for name in seconds[0]},  # the others wait for the slowest
         }
-        if verified:
-            result["reward/pass_rate"] = fmean(t.reward > 0 for t in verified)
-            result["reward/mean"] = fmean(t.final_reward for t in verified)
-        result["perf/tokens_per_s"] = tokens / result["time/step_s"]
+        result["sampling/entropy"] /= max(result["tokens/rollout"], 1)
+        result["perf/tokens_per_s"] = result["tokens/rollout"] / result["time/step_s"]
         return result
 
-    def _funnel(self, chosen: Group, failed: Group) -> dict[str, float]:
-        located = [t for t in failed if t.first_error is not None]
-        accepted, rejected = self.counts["repair/accepted"], self.counts["repair/rejected"]
-        result: dict[str, float] = {
+    def _sums(self, groups: list[Group], chosen: Group) -> dict[str, float]:
+        """What adds up over ranks; the funnel: selected = repaired + errors, repaired = accepted + rejected."""
+        failed = [t for group in groups for t in group if t.failed]
+        counted = ("verifier/timeouts", "verifier/crashes", "prm/invalid", "scope/empty", "scope/repaired")
+        return {
+            **{name: self.counts[name] for name in counted},
             "scope/failed": len(failed),
             "scope/selected": len(chosen),
-            "scope/repaired": self.counts["scope/repaired"],
-            "scope/accepted": accepted,
-            "scope/rejected": rejected,
+            "scope/accepted": self.counts["repair/accepted"],
+            "scope/rejected": self.counts["repair/rejected"],
             "teacher/errors": self.counts["repair/error"],
-            "scope/no_prefix": sum(t.first_error == 0 for t in located),
+            "scope/no_prefix": sum(t.first_error == 0 for t in failed),
+            "tokens/rollout": sum(len(t.token_ids) for group in groups for t in group),
+            "sampling/entropy": -sum(sum(t.logprobs) for group in groups for t in group),
+            "tokens/teacher": sum(len(t.repair.suffix_ids) for t in chosen),
         }
-        if located:
-            result["scope/near_miss_rate"] = fmean(is_near_miss(t.first_error, len(t.steps)) for t in located)
-            result["scope/first_error"] = fmean(t.first_error for t in located)
-            result["scope/prefix_ratio"] = fmean(prefix_share(t) for t in located)
-        return result
+
+    def _values(self, groups: list[Group]) -> dict[str, list[float]]:
+        """What is averaged over rollouts (diversity/distinct_*: the median over prompts)."""
+        members = [t for group in groups for t in group]
+        verified = [t for t in members if t.reward is not None]
+        located = [t for t in members if t.failed and t.first_error is not None]
+        return {
+            "reward/pass_rate": [t.reward > 0 for t in verified],
+            "reward/mean": [t.final_reward for t in verified],
+            "scope/near_miss_rate": [is_near_miss(t.first_error, len(t.steps)) for t in located],
+            "scope/first_error": [t.first_error for t in located],
+            "scope/prefix_ratio": [prefix_share(t) for t in located],
+            "response/length": [len(t.token_ids) for t in members],
+            "response/truncated": [t.finish_reason == "length" for t in members],
+            **diversity_values([[t.token_ids for t in g] for g in groups], [[t.answer for t in g] for g in groups]),
+        }
 
     def state_dict(self) -> dict[str, object]:
         """All a run needs to go on bit for bit. Requests are seeded by step and prompt, so the engine has no state."""

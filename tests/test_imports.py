@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "scope_fast"
 
 LEVELS = [
-    {"kernels", "batch", "native", "verifier", "checkpoint", "diversity", "progress", "tasks", "estimators"},
-    {"config", "ops", "answers"},
+    {"kernels", "batch", "native", "verifier", "distributed", "diversity", "progress", "tasks", "estimators"},
+    {"config", "ops", "answers", "checkpoint", "sharding"},
     {"losses", "scope", "rollout", "metrics", "math_answers", "sources", "suite"},
     {"__init__", "learner", "prm", "teacher", "data", "records", "report", "scorecard"},
     {"trainer", "warm_start", "integrations"},

@@ -14,8 +14,8 @@ import torch
 from rich.console import Console
 
 from scope_fast import metrics, progress
-from scope_fast.diversity import distinct_n, diversity_metrics, unique_answers
-from scope_fast.metrics import METRICS, MetricsWriter, RolloutLog, Timer, cut_back, read_jsonl
+from scope_fast.diversity import distinct_n, diversity_values, unique_answers
+from scope_fast.metrics import METRICS, MetricsWriter, RolloutLog, Timer, cut_back, fold, read_jsonl
 
 DESIGN = """
 reward/mean reward/pass_rate scope/failed scope/selected scope/repaired scope/accepted scope/rejected
@@ -309,7 +309,11 @@ def test_unique_answers_by_hand():
     assert unique_answers([None]) == 0
 
 
-def test_diversity_metrics_take_the_median_prompt():
+def diversity_metrics(groups, answers):
+    return fold(diversity_values(groups, answers))
+
+
+def test_diversity_takes_the_median_prompt():
     same, half, different = [[1, 1, 1, 1, 1]], [[1, 2, 3, 4], [1, 2, 3, 4]], [[1, 2, 3, 4], [5, 6, 7, 8]]
     answers = [["1", "1"], ["1", "2"], ["1", "2", "3", None]]
     assert diversity_metrics([same, half, different], answers) == {

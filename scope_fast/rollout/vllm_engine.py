@@ -104,7 +104,8 @@ class VllmEngine:
         self._sampling_params = vllm.SamplingParams
         self._stop_ids = eos_token_ids(str(model_dir))
         self._seeds = random.Random(options.seed)
-        self._num_threads = options.num_threads
+        self._num_threads, self._bucket_bytes = options.num_threads, options.bucket_bytes
+        self._dtype = getattr(torch, options.dtype)
         with _undisturbed_caller():
             group_existed = torch.distributed.is_initialized()
             self._llm = vllm.LLM(**_llm_arguments(vllm, str(model_dir), options, self._transfer.backend))
@@ -141,7 +142,7 @@ class VllmEngine:
         """The timeline is in `weight_sync.ShmSender`."""
         check_version(version)
         self._check_usable()
-        source = weight_sync.as_source(weights)
+        source = weight_sync.as_source(weights, self._dtype, self._bucket_bytes)
         if self._sender is None:
             self._sender = self._make_sender(source)
         self._sender.source = source

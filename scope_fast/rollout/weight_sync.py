@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from scope_fast.ops import weight_bucket
 from scope_fast.rollout.base import ParamMeta, WeightSource
+from scope_fast.rollout.sharded_source import ShardedSource
 
 BACKEND = "shm"
 
@@ -41,15 +43,23 @@ class ModuleSource:
             yield name, parameter.detach()
 
 
-def as_source(weights: torch.nn.Module | WeightSource) -> WeightSource:
-    """A module becomes a `ModuleSource`; anything else is taken to be a source."""
-    return ModuleSource(weights) if isinstance(weights, torch.nn.Module) else weights
+def as_source(
+    weights: torch.nn.Module | WeightSource, dtype: torch.dtype | None = None, bucket_bytes: int = 64 << 20
+) -> WeightSource:
+    """A module becomes a source: `ShardedSource`, with these options, if it is sharded, else `ModuleSource`."""
+    if not isinstance(weights, torch.nn.Module):
+        return weights
+    if any(isinstance(parameter, DTensor) for parameter in weights.parameters()):
+        return ShardedSource(weights, dtype, bucket_bytes)
+    return ModuleSource(weights)
 
 
 @dataclass
 class ShmInit:
-    """Trainer-side init of the "shm" backend: rank 0 sends, the other ranks only read the source along.
+    """Trainer-side init of the "shm" backend.
 
+    rank: of this process among those that share ONE engine: 0 sends, the others only read the source along. Where every
+        rank of the learner has an engine of its own, every one is the 0 of its engine.
     bucket_bytes: size of the shared file, cut to the model's size and grown to its largest tensor.
     """
 

@@ -1,0 +1,92 @@
+"""One process or many: who is who under torchrun, and the few collectives of plain values that the loop needs.
+
+Everything here works without a process group too, where the world is one process: callers never ask which it is.
+Tensors of the model never pass through here; sharding.py and the weight sync move those.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+def under_torchrun() -> bool:
+    """Whether this process was started by torchrun as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+@contextmanager
+def process_group(timeout_s: float) -> Iterator[None]:
+    """The default process group of a torchrun job while the body runs; nothing in a lone process.
+
+    timeout_s: longest wait of any collective, after which it raises. gloo serves CPU tensors and plain values, NCCL the
+    GPU's. Made before any engine: vLLM makes a group of its own where it finds none.
+    """
+    if not under_torchrun():
+        yield
+        return
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device())
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Rank 0 writes files and talks to the person."""
+    return rank() == 0
+
+
+def ranks_per_node() -> int:
+    """Ranks that torchrun started on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size())))
+
+
+def device() -> torch.device:
+    """Where this rank's learner and reward model live."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def barrier() -> None:
+    """Waits for every rank."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def agree(value: T) -> T:
+    """Rank 0's value, on every rank."""
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather(value: T) -> list[T]:
+    """Every rank's value, in the order of the ranks, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    values: list = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values

