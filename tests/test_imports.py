@@ -18,7 +18,7 @@ LEVELS = [
     {"kernels", "batch", "native", "verifier", "distributed", "diversity", "progress", "tasks", "estimators"},
     {"config", "ops", "answers", "checkpoint", "sharding"},
     {"losses", "scope", "rollout", "metrics", "math_answers", "sources", "suite"},
-    {"__init__", "learner", "prm", "teacher", "data", "records", "report", "scorecard"},
+    {"__init__", "learner", "prm", "teacher", "data", "records", "report", "scorecard", "plan"},
     {"trainer", "warm_start", "integrations"},
     {"train"},
     {"evaluate"},
