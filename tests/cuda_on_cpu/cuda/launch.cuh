@@ -25,7 +25,7 @@ struct Barrier {
 
 struct Fiber {
   ucontext_t context;
-  std::vector<char> stack = std::vector<char>(64 << 10);
+  std::vector<char> stack = std::vector<char>(16 << 10);
   bool done = false;
 };
 
