@@ -130,7 +130,7 @@ def test_fuzz_step_pool(place, counts, dims, dtype, seed):
 
 @places("weight_bucket_copy", reference=False, cuda="weight_bucket_copy")
 @given(
-    shapes=st.lists(st.lists(st.integers(0, 90), max_size=3), max_size=6),
+    shapes=st.lists(st.lists(st.integers(0, 60), max_size=3), max_size=6),
     source=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8]),
     wire=st.sampled_from([None, torch.float32, torch.bfloat16, torch.float16]),
     transposed=st.booleans(),
@@ -142,12 +142,12 @@ def test_fuzz_weight_bucket(place, shapes, source, wire, transposed, first, seed
     r = torch.Generator().manual_seed(seed)
     tensors = [(100 * torch.randn(shape, generator=r)).abs().to(source).to(place.device) for shape in shapes]
     if transposed:
-        tensors = [x.permute(*reversed(range(x.dim()))) for x in tensors]
+        tensors = [x.permute(tuple(reversed(range(x.dim())))) for x in tensors]
     _, size_bytes = weight_bucket.layout(tensors, wire)
     buckets = []
     for backend in (place.backend, "reference"):
         whole = torch.full((first + size_bytes + 8,), 255, dtype=torch.uint8, device=place.device)
         buffer, _ = weight_bucket.pack(tensors, wire, out=whole[first:], backend=backend)
-        assert buffer.data_ptr() == whole.data_ptr() + first
+        assert buffer.storage_offset() == first
         buckets.append(whole)
     assert torch.equal(*buckets)
