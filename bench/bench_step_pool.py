@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from bench import harness
 from bench.harness import OURS, Formula, Spec, Tensors, Variant
 from scope_fast import PrmHead, step_pool
+from scope_fast.ops.step_pool import STEM_MLP
 
 STEM = "step_pool"
 TOKENS_PER_STEP = 50
@@ -116,7 +117,7 @@ def variants(spec: Spec) -> list[Variant]:
         return [Variant(f"{OURS} {backend}", "ours", lambda problem: our_call(problem, backend), **checked)]
 
     found = [Variant("head on every token", "limit", every_token, work="T rows scored, S kept", **checked)]
-    found += harness.ours(STEM, spec.device, ours)
+    found += harness.ours(STEM if spec.case == "lm_head" else STEM_MLP, spec.device, ours)
     if spec.case == "lm_head" and spec.peers and spec.device == "cuda":  # on a CPU: 20 s a call
         work = "all V rows on all T tokens"
         found.append(Variant("whole lm_head on every token", "peer", full_lm_head, work=work, **checked))

@@ -140,11 +140,12 @@ def test_step_pool_verdicts_by_hand(kernels):
 
 
 def test_step_pool_of_rows_in_a_wider_tensor(kernels):
-    """Rows apart from each other, and a first row that starts on no packet."""
+    """Rows apart from each other, a first row that starts on no packet, and rows that end in the middle of one."""
     whole = torch.randn(5, 40, generator=torch.Generator().manual_seed(1))
-    weight, ends, cu_steps = torch.ones(1, 16), torch.tensor([4, 0, 2]), torch.tensor([0, 3])
-    for first in (0, 1, 8):
-        hidden = whole[:, first : first + 16]
+    ends, cu_steps = torch.tensor([4, 0, 2]), torch.tensor([0, 3])
+    for first, dim in ((0, 16), (1, 16), (8, 16), (0, 13)):
+        hidden = whole[:, first : first + dim]
+        weight = torch.ones(1, 16)[:, :dim]  # ones beyond its end too: reading there would show
         ours, _ = step_pool(kernels, hidden, weight, None, ends, cu_steps)
         torch.testing.assert_close(ours[0], hidden[ends].sum(1).sigmoid(), rtol=1e-5, atol=1e-6)
 
