@@ -93,7 +93,9 @@ class Rollout(_Section):
     max_tokens: Positive = 128
     context: Positive = Field(256, description="prompt and response together; longer prompts are skipped and counted")
     kv_cache_gib: float = Field(1.0, gt=0, description="vLLM's cache on CPU")
-    gpu_memory_utilization: float = Field(0.4, gt=0, lt=1, description="vLLM's share of a GPU it shares with the learner")
+    gpu_memory_utilization: float = Field(
+        0.4, gt=0, lt=1, description="vLLM's share of a GPU it shares with the learner"
+    )
     num_threads: Positive | None = Field(None, description="torch's threads while sampling on CPU; None: all")
 
 

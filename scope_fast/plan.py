@@ -1,6 +1,6 @@
 """What a run would do and hold, before it starts: tokens a step, micro-batches, and bytes on every GPU by kind.
 
-    weights, gradients, optimiser    4 + 4 + 8 bytes a parameter (float32 masters, AdamW), over the ranks of a shard group
+    weights, gradients, optimiser    4 + 4 + 8 bytes a parameter (float32 masters, AdamW), over the shard group
     gathered                         the root's unit and two blocks (one computing, the next on its way), compute dtype
     activations                      of the token budget: `activation_bytes`, less what is recomputed
     head                             one chunk of logits and its gradient, and dW of the whole head in float32
@@ -41,7 +41,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a decoder: parameters of the whole model, of one block, and of the root's unit (head, norm, tied embedding)."""
+    """Of a decoder: parameters of the whole model, of one block, and of the root's unit (head, last norm)."""
 
     parameters: int
     block: int
@@ -112,7 +112,9 @@ def memory(config: Config, sizes: Sizes, ranks: int) -> Memory:
     kept = {"none": sizes.layers, "selective": sizes.layers // 2, "full": 0}[learner.activation_checkpointing]
     token = activation_bytes(sizes, dtype_bytes)
     # a recomputed block keeps its input, and is whole again, alone, in its own backward
-    activations = kept * token + (sizes.layers - kept) * dtype_bytes * sizes.hidden + (token if kept < sizes.layers else 0)
+    activations = (
+        kept * token + (sizes.layers - kept) * dtype_bytes * sizes.hidden + (token if kept < sizes.layers else 0)
+    )
     gathered = (sizes.root + 2 * sizes.block) * dtype_bytes if ranks > 1 else 0
     head = min(LOGITS_BUDGET_BYTES, learner.token_budget * sizes.vocabulary * (4 + dtype_bytes))
     head += sizes.vocabulary * sizes.hidden * 4

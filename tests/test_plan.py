@@ -1,4 +1,4 @@
-"""The plan of memory: counted where torch can be asked, by hand where it cannot, and a plan that cannot fit is refused."""
+"""The plan of memory: counted where torch can be asked, else by hand; what cannot fit is refused."""
 
 import pytest
 import torch
