@@ -101,7 +101,7 @@ def _scaled(saved: Tensor, grad_loss: Tensor) -> Tensor:
     """saved * grad_loss as a new tensor: a second backward over the same graph must find the saved gradients unscaled.
 
     `loss.backward()` starts with a factor of exactly 1. On a CPU, where looking at it waits for nothing, the saved
-    gradient itself is then the result: another (V, D) of fresh pages costs 4 % of the call (V 32000, D 512, float32).
+    gradient itself is then the result: another (V, D) of fresh pages costs 5 % of the call (V 32000, D 512, float32).
     Autograd clones what it would add to while something else holds it, and a caller's own in-place change is noticed
     by the version that a second backward finds.
     """
