@@ -93,7 +93,9 @@ class Rollout(_Section):
     max_tokens: Positive = 128
     context: Positive = Field(256, description="prompt and response together; longer prompts are skipped and counted")
     kv_cache_gib: float = Field(1.0, gt=0, description="vLLM's cache on CPU")
-    gpu_memory_utilization: float = Field(0.4, gt=0, lt=1, description="vLLM's share of a GPU it shares with the learner")
+    gpu_memory_utilization: float = Field(
+        0.4, gt=0, lt=1, description="vLLM's share of a GPU it shares with the learner"
+    )
     num_threads: Positive | None = Field(None, description="torch's threads while sampling on CPU; None: all")
 
 
@@ -106,29 +108,72 @@ class Verifier(_Section):
 
 
 class Prm(_Section):
-    """The process reward model. kind "token_classifier" scores steps with `path`; "exact" asks the task's own checker.
+    """The process reward model.
 
-    path: a Hugging Face token-classification folder, or "tiny" for the warm-started one.
+    kind "exact": the task's own checker. "token_classifier": two labels, the student's tokenizer, read at step ends.
+    "qwen2.5-math-prm", "math-shepherd", "rlhflow": published models, given the steps' text in their own template
+    (scope_fast/prm/formats.py).
+    path: a Hugging Face folder or hub name, or "tiny" for the warm-started token classifier.
+    engine: "vllm" runs qwen2.5-math-prm in vLLM's STEP pooling.
     monitor: score the failed rollouts of methods that do not need it too, for the near-miss metrics.
     """
 
-    kind: Literal["token_classifier", "exact"] = "token_classifier"
+    kind: Literal["token_classifier", "exact", "qwen2.5-math-prm", "math-shepherd", "rlhflow"] = "token_classifier"
     path: str = "tiny"
+    engine: Literal["in-process", "vllm"] = "in-process"
     monitor: bool = True
     tau: Share = Field(0.5, description="a step stands while its probability is at least this (SCOPE: 0.5)")
     token_budget: Positive = Field(1024, description="tokens of one scoring pass")
 
+    @model_validator(mode="after")
+    def _has_a_model(self) -> Prm:
+        if self.path == "tiny" and self.kind not in ("token_classifier", "exact"):
+            raise ValueError(f"path: kind {self.kind} needs a Hugging Face folder or hub name")
+        if self.engine == "vllm" and self.kind != "qwen2.5-math-prm":
+            raise ValueError(f"engine: vllm pools the steps of qwen2.5-math-prm alone, not of {self.kind}")
+        return self
+
+
+class Endpoint(_Section):
+    """An OpenAI-compatible server as teacher (scope_fast/teacher_endpoint.py; extra "endpoint").
+
+    tokenizer: of the served model, a folder or hub name, or "student" where it is known to be the student's. Where it
+    equals the student's, token ids are sent on the completions route; else messages and the prefix text on the chat
+    route, which must continue it.
+    """
+
+    url: str = Field("", description="base URL, up to and with /v1")
+    model: str = Field("", description="the name it is served under")
+    tokenizer: str | None = None
+    key_variable: str = Field("OPENAI_API_KEY", description="environment variable of the key; unset: no key is sent")
+    concurrency: Positive = 16
+    request_timeout_s: float = Field(60.0, gt=0)
+    retries: int = Field(4, ge=0, description="after 429, 5xx, timeouts, lost connections and replies that are no JSON")
+    backoff_s: float = Field(0.5, gt=0, description="first wait, doubled at every retry, times a draw from [0.5, 1]")
+    max_requests: Positive | None = Field(None, description="budget of a run in requests sent, retries included")
+    max_total_tokens: Positive | None = Field(None, description="budget of a run in tokens, as the server counts them")
+    cache: str | None = Field(None, description="folder of finished replies, by request")
+
 
 class Teacher(_Section):
-    """kind "solver" continues with the task's own worked solution, "model" samples from a stronger model at `path`."""
+    """kind "solver" continues with the task's own worked solution, "model" samples from a stronger model at `path`,
+    "endpoint" asks a server."""
 
-    kind: Literal["solver", "model"] = "solver"
+    kind: Literal["solver", "model", "endpoint"] = "solver"
     path: str = Field(
         "tiny", description='a Hugging Face folder sharing the tokenizer, or "tiny" for the warm-started one'
     )
+    engine: Literal["auto", "vllm", "transformers"] = Field("transformers", description="of kind model")
+    endpoint: Endpoint = Endpoint()
     temperature: float = Field(0.0, ge=0)
-    timeout_s: float = Field(60.0, gt=0)
+    timeout_s: float = Field(60.0, gt=0, description="for all requests of a step together")
     max_tokens: Positive = Field(128, description="budget of a suffix; one that does not finish within it is rejected")
+
+    @model_validator(mode="after")
+    def _has_a_server(self) -> Teacher:
+        if self.kind == "endpoint" and not (self.endpoint.url and self.endpoint.model):
+            raise ValueError("endpoint: kind endpoint needs endpoint.url and endpoint.model")
+        return self
 
 
 class Scope(_Section):

@@ -106,7 +106,8 @@ class Encoder:
             self.counts["data/skipped_long"] += 1
             return None
         text = prompt if isinstance(prompt, str) else self._tokenizer.decode(ids)
-        return Prompt(row["id"], row["task"], text, tuple(ids), row["entry"])
+        messages = None if isinstance(prompt, str) else prompt
+        return Prompt(row["id"], row["task"], text, tuple(ids), row["entry"], messages)
 
 
 def instructed(prompt: str | list[dict[str, str]], instruction: str) -> str | list[dict[str, str]]:

@@ -1,9 +1,10 @@
 """What a run would do and hold, before it starts: tokens a step, micro-batches, and bytes on every GPU by kind.
 
-    weights, gradients, optimiser    4 + 4 + 8 bytes a parameter (float32 masters, AdamW), over the ranks of a shard group
+    weights, gradients, optimiser    4 + 4 + 8 bytes a parameter (float32 masters, AdamW), over the shard group
     gathered                         the root's unit and two blocks (one computing, the next on its way), compute dtype
     activations                      of the token budget: `activation_bytes`, less what is recomputed
     head                             one chunk of logits and its gradient, and dW of the whole head in float32
+    reward model                     every rank's own copy, in the compute dtype
     engine                           vLLM's share of the GPU, taken for good (weights, KV cache)
 
 An estimate: allocator fragmentation, CUDA contexts and NCCL buffers are one stated reserve.
@@ -31,6 +32,7 @@ class Memory:
     gathered: float
     activations: float
     head: float
+    reward_model: float
     engine: float
     reserve: float = RESERVE_BYTES
 
@@ -41,7 +43,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a decoder: parameters of the whole model, of one block, and of the root's unit (head, norm, tied embedding)."""
+    """Of a decoder: parameters of the whole model, of one block, and of the root's unit (head, last norm)."""
 
     parameters: int
     block: int
@@ -86,7 +88,7 @@ def model_config(config: Config):
     if config.model.config:
         return AutoConfig.for_model(**config.model.config)
     try:
-        return AutoConfig.from_pretrained(config.model.path)
+        return AutoConfig.from_pretrained(config.model.path, local_files_only=True)  # a plan asks no network
     except OSError as error:
         raise ValueError(
             f"model.path: {config.model.path} cannot be read here, so its sizes are unknown; give model.config "
@@ -104,7 +106,23 @@ def activation_bytes(sizes: Sizes, dtype_bytes: int) -> int:
     return norms + dtype_bytes * (2 * sizes.query + 2 * sizes.key + 4 * sizes.intermediate)
 
 
-def memory(config: Config, sizes: Sizes, ranks: int) -> Memory:
+def reward_model_parameters(config: Config, sizes: Sizes) -> int:
+    """Of the process reward model that `prm` puts on every GPU; where it is not here, as many as the student's."""
+    from transformers import AutoConfig, AutoModel
+
+    if config.prm.kind == "exact" or config.prm.path == "tiny":
+        return 0
+    try:
+        architecture = AutoConfig.from_pretrained(config.prm.path, local_files_only=True)
+    except OSError:
+        return sizes.parameters
+    import torch
+
+    with torch.device("meta"):
+        return sum(p.numel() for p in AutoModel.from_config(architecture).parameters())
+
+
+def memory(config: Config, sizes: Sizes, ranks: int, reward_parameters: int = 0) -> Memory:
     """Of one of `ranks` GPUs."""
     learner, dtype_bytes = config.learner, {"float32": 4, "bfloat16": 2}[config.model.dtype]
     shards = min(learner.shard_size or ranks, ranks)
@@ -112,7 +130,9 @@ def memory(config: Config, sizes: Sizes, ranks: int) -> Memory:
     kept = {"none": sizes.layers, "selective": sizes.layers // 2, "full": 0}[learner.activation_checkpointing]
     token = activation_bytes(sizes, dtype_bytes)
     # a recomputed block keeps its input, and is whole again, alone, in its own backward
-    activations = kept * token + (sizes.layers - kept) * dtype_bytes * sizes.hidden + (token if kept < sizes.layers else 0)
+    activations = (
+        kept * token + (sizes.layers - kept) * dtype_bytes * sizes.hidden + (token if kept < sizes.layers else 0)
+    )
     gathered = (sizes.root + 2 * sizes.block) * dtype_bytes if ranks > 1 else 0
     head = min(LOGITS_BUDGET_BYTES, learner.token_budget * sizes.vocabulary * (4 + dtype_bytes))
     head += sizes.vocabulary * sizes.hidden * 4
@@ -124,6 +144,7 @@ def memory(config: Config, sizes: Sizes, ranks: int) -> Memory:
         gathered=gathered,
         activations=activations * learner.token_budget,
         head=head,
+        reward_model=dtype_bytes * reward_parameters,
         engine=config.rollout.gpu_memory_utilization * gpu_bytes,
     )
 
@@ -146,7 +167,8 @@ def describe(config: Config) -> str:
 def _memory_lines(config: Config, sizes: Sizes, ranks: int) -> list[str]:
     tokens = config.rollout.prompts_per_step * config.rollout.group_size * config.rollout.context
     micro_batches = -(-tokens // (ranks * config.learner.token_budget))
-    held, limit = memory(config, sizes, ranks), config.distributed.gpu_memory_gib
+    held = memory(config, sizes, ranks, reward_model_parameters(config, sizes))
+    limit = config.distributed.gpu_memory_gib
     lines = [
         f"{sizes.parameters:,} parameters on {ranks} GPUs of {limit:g} GiB; at most {tokens:,} tokens a step, "
         f"{micro_batches} micro-batches on each",

@@ -33,7 +33,11 @@ class Reply:
 
 
 class TeacherError(RuntimeError):
-    """The teacher gave nothing for one request; the message says why."""
+    """The teacher gave nothing for one request; the message says why, the category says it in a word."""
+
+    def __init__(self, message: str, category: str = "teacher") -> None:
+        super().__init__(message)
+        self.category = category
 
 
 class Teacher(Protocol):
@@ -128,6 +132,11 @@ def ask(teacher: Teacher, requests: list[Request], timeout_s: float) -> list[Rep
         given = f"{len(replies)} replies" if isinstance(replies, list) else f"a {type(replies).__name__}"
         return [TeacherError(f"{given} to {len(requests)} requests")] * len(requests)
     return [_usable(reply) for reply in replies]
+
+
+def counts_of(teacher: Teacher) -> dict[str, int]:
+    """What a teacher counts beside its replies since it was last asked, by metric name; most count nothing."""
+    return teacher.take_counts() if hasattr(teacher, "take_counts") else {}
 
 
 def _usable(reply: object) -> Reply | TeacherError:

@@ -20,18 +20,21 @@ from rich.console import Console
 from torch.distributed.elastic.multiprocessing.errors import record
 from transformers.utils.logging import disable_progress_bar
 
-from scope_fast import checkpoint, distributed, plan, sharding, warm_start
+from scope_fast import checkpoint, convert_gguf, distributed, plan, sharding, warm_start
 from scope_fast.config import Config, load, to_yaml
 from scope_fast.data import PromptSource
 from scope_fast.learner import Learner
 from scope_fast.metrics import MetricsWriter, RolloutLog
+from scope_fast.prm import text_scorers
 from scope_fast.prm.scorers import ExactScorer, StepScorer, TokenClassifierScorer
+from scope_fast.prm.vllm_pooling import VllmStepScorer
 from scope_fast.progress import progress_bars
 from scope_fast.report import write_report
 from scope_fast.rollout import make_engine
 from scope_fast.rollout.base import EngineOptions
 from scope_fast.tasks import get_task
 from scope_fast.teacher import ModelTeacher, SolverTeacher, Teacher, check_shared_tokenizer
+from scope_fast.teacher_endpoint import EndpointTeacher
 from scope_fast.trainer import Trainer
 from scope_fast.verifier import Verifier
 
@@ -56,7 +59,7 @@ def run(config: Config, resume: str, dry_run: bool) -> int:
     try:
         if dry_run:
             console.print(to_yaml(config), markup=False, end="")
-            console.print(plan.describe(config), markup=False)
+            console.print(plan.describe(config), markup=False, soft_wrap=True)
             return 0
         start = claim(config, resume)
         if finished(config, start):
@@ -195,7 +198,7 @@ def build(config: Config, stack: ExitStack) -> Trainer:
         data,
         engine,
         stack.enter_context(Verifier(config.verifier.score, config.verifier.workers, config.verifier.timeout_s)),
-        make_scorer(config, folders["prm"], tokenizer),
+        make_scorer(config, folders["prm"], tokenizer, stack),
         make_teacher(config, folders["teacher"], tokenizer, stack),
         learner,
         stack.enter_context(RolloutLog(config.run_dir)),
@@ -205,9 +208,11 @@ def build(config: Config, stack: ExitStack) -> Trainer:
 def role_folder(config: Config, role: str, progress) -> str | None:
     """The model folder of a role: the configured path, a warm-started one, or None where the role has no model."""
     section = {"student": config.model, "prm": config.prm, "teacher": config.teacher}[role]
-    if (role, getattr(section, "kind", None)) in (("prm", "exact"), ("teacher", "solver")):
+    if (role, getattr(section, "kind", None)) in (("prm", "exact"), ("teacher", "solver"), ("teacher", "endpoint")):
         return None
-    return str(warm_start.ensure(config, role, progress)) if section.path == "tiny" else section.path
+    if section.path == "tiny":
+        return str(warm_start.ensure(config, role, progress))
+    return str(convert_gguf.ensure(config.cache)) if section.path == convert_gguf.NAME else section.path
 
 
 def load_student(config: Config, folder: str):
@@ -241,27 +246,39 @@ def engine_options(config: Config) -> EngineOptions:
     )
 
 
-def make_scorer(config: Config, folder: str | None, tokenizer) -> StepScorer:
-    """The process reward model `prm.kind` names."""
+def make_scorer(config: Config, folder: str | None, tokenizer, stack: ExitStack | None = None) -> StepScorer:
+    """The process reward model `prm.kind` names; `stack` closes one that runs in vLLM."""
+    settings, dtype = config.prm, DTYPES[config.model.dtype]
     if folder is None:
         return ExactScorer(tokenizer)
+    if settings.engine == "vllm":
+        made = VllmStepScorer(tokenizer, folder, config.model.dtype, int(config.rollout.kv_cache_gib * 2**30))
+        return made if stack is None else stack.enter_context(closing(made))
+    if settings.kind in text_scorers.FORMATS:
+        device = distributed.device()
+        return text_scorers.load(settings.kind, folder, tokenizer, dtype, device, settings.token_budget)
     from transformers import AutoModelForTokenClassification, AutoTokenizer
 
     check_shared_tokenizer(tokenizer, AutoTokenizer.from_pretrained(folder), "prm.path")
-    model = AutoModelForTokenClassification.from_pretrained(folder, dtype=DTYPES[config.model.dtype])
-    return TokenClassifierScorer(model.to(distributed.device()), config.prm.token_budget)
+    model = AutoModelForTokenClassification.from_pretrained(folder, dtype=dtype)
+    return TokenClassifierScorer(model.to(distributed.device()), settings.token_budget)
 
 
 def make_teacher(config: Config, folder: str | None, tokenizer, stack: ExitStack) -> Teacher:
-    """The teacher `teacher.kind` names; a model samples with transformers, beside the student's engine."""
-    if folder is None:
+    """The teacher `teacher.kind` names; a model samples beside the student's engine."""
+    settings = config.teacher
+    if settings.kind == "solver":
         return SolverTeacher()
+    if settings.kind == "endpoint":
+        endpoint = EndpointTeacher(settings, tokenizer, config.seed)
+        endpoint.check()
+        return endpoint
     from transformers import AutoTokenizer
 
     check_shared_tokenizer(tokenizer, AutoTokenizer.from_pretrained(folder), "teacher.path")
     options = EngineOptions(dtype=config.model.dtype, max_model_len=config.rollout.context)
-    engine = stack.enter_context(closing(make_engine("transformers", folder, options)))
-    return ModelTeacher(engine, tokenizer, config.teacher, config.rollout.context, config.seed)
+    engine = stack.enter_context(closing(make_engine(settings.engine, folder, options)))
+    return ModelTeacher(engine, tokenizer, settings, config.rollout.context, config.seed)
 
 
 def train(trainer: Trainer, start: Path | None, stack: ExitStack) -> None:

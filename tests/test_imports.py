@@ -15,17 +15,28 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "scope_fast"
 
 LEVELS = [
-    {"kernels", "batch", "native", "verifier", "distributed", "diversity", "progress", "tasks", "estimators"},
+    {
+        "kernels",
+        "batch",
+        "native",
+        "verifier",
+        "distributed",
+        "diversity",
+        "progress",
+        "tasks",
+        "estimators",
+        "convert_gguf",
+    },
     {"config", "ops", "answers", "checkpoint", "sharding"},
     {"losses", "scope", "rollout", "metrics", "math_answers", "sources", "suite"},
     {"__init__", "learner", "prm", "teacher", "data", "records", "report", "scorecard", "plan"},
-    {"trainer", "warm_start", "integrations"},
+    {"trainer", "warm_start", "integrations", "teacher_endpoint"},
     {"train"},
     {"evaluate"},
 ]
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 
-VLLM_HOMES = {"rollout.vllm_engine", "rollout.weight_sync"}
+VLLM_HOMES = {"rollout.vllm_engine", "rollout.weight_sync", "prm.vllm_pooling"}
 # A verifier worker imports these: a second of torch in each of them would be paid at every restart.
 WITHOUT_TORCH = {"verifier", "tasks", "answers", "math_answers"}
 HEAVY = ("vllm", "reasoning_gym", "pydantic", "tensorboard", "rich", "wandb", "trl", "verl")

@@ -1,4 +1,4 @@
-"""The plan of memory: counted where torch can be asked, by hand where it cannot, and a plan that cannot fit is refused."""
+"""The plan of memory: counted where torch can be asked, else by hand; what cannot fit is refused."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ from factories import configured
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from scope_fast import plan
+from scope_fast.config import load
 from scope_fast.plan import GIB, Sizes
 
 ARCHITECTURE = {
@@ -68,6 +69,24 @@ def test_bytes_by_hand():
     assert held.head == 10 * 500 * (4 + 2) + 500 * 16 * 4
     assert held.engine == 0.4 * 40 * GIB
     assert plan.memory(config, SIZES, ranks=1).gathered == 0
+
+
+def test_a_reward_model_lies_on_every_gpu(tmp_path):
+    unknown = configured(**{"prm.kind": "qwen2.5-math-prm", "prm.path": str(tmp_path / "not here")})
+    assert plan.reward_model_parameters(unknown, SIZES) == SIZES.parameters
+    small(vocab_size=32).save_pretrained(tmp_path / "prm")
+    known = configured(**{"prm.kind": "qwen2.5-math-prm", "prm.path": str(tmp_path / "prm"), "model.dtype": "bfloat16"})
+    count = sum(p.numel() for p in Qwen2ForCausalLM(small(vocab_size=32)).model.parameters())
+    assert plan.reward_model_parameters(known, SIZES) == count
+    assert plan.memory(known, SIZES, 4, count).reward_model == 2 * count
+    assert plan.reward_model_parameters(configured(**{"prm.kind": "exact"}), SIZES) == 0
+
+
+def test_the_7b_preset_fits_its_gpus():
+    text = plan.describe(load("qwen2.5-math-7b"))
+    assert "7,615,616,512 parameters on 8 GPUs of 80 GiB" in text
+    with pytest.raises(ValueError, match=r"distributed\.gpu_memory_gib=40: the plan needs"):
+        plan.describe(load("qwen2.5-math-7b", [("distributed.gpu_memory_gib", "40")]))
 
 
 def test_recomputation_and_offload_by_hand():

@@ -9,6 +9,7 @@ import torch
 
 from scope_fast.batch import bins
 from scope_fast.ops.step_pool import PrmHead, step_pool
+from scope_fast.prm.formats import Encoded
 from scope_fast.scope.trajectory import Trajectory
 from scope_fast.tasks import get_task
 
@@ -49,34 +50,43 @@ class TokenClassifierScorer:
             model.score.weight.detach(), None if model.score.bias is None else model.score.bias.detach()
         )
 
-    @torch.inference_mode()
     def __call__(self, trajectories: list[Trajectory]) -> list[list[float]]:
         if not trajectories:
             return []
-        tokens = [[*t.prompt.ids, *t.token_ids[: t.steps[-1][1]]] for t in trajectories]
-        probs: list[list[float]] = [[] for _ in trajectories]
-        for group in bins([len(ids) for ids in tokens], self._budget):
-            for i, values in zip(
-                group, self._score([tokens[i] for i in group], [trajectories[i] for i in group]), strict=True
-            ):
-                probs[i] = values
-        return probs
+        sequences = []
+        for t in trajectories:
+            ids = [*t.prompt.ids, *t.token_ids[: t.steps[-1][1]]]
+            sequences.append(Encoded(ids, [len(t.prompt.ids) + end - 1 for _, end in t.steps]))
+        return packed_scores(self._body, self._head, sequences, self._budget)
 
-    def _score(self, tokens: list[list[int]], trajectories: list[Trajectory]) -> list[list[float]]:
-        device = self._head.weight.device
-        ids = torch.tensor([token for sequence in tokens for token in sequence], device=device)
-        positions = torch.cat([torch.arange(len(sequence)) for sequence in tokens]).to(device)
-        ends, cu_steps, start = [], [0], 0
-        for sequence, trajectory in zip(tokens, trajectories, strict=True):
-            ends += [start + len(trajectory.prompt.ids) + end - 1 for _, end in trajectory.steps]
-            cu_steps.append(len(ends))
-            start += len(sequence)
-        output = self._body(input_ids=ids[None], position_ids=positions[None], attention_mask=None, use_cache=False)
-        pooled = step_pool(
-            output.last_hidden_state[0],
-            self._head,
-            torch.tensor(ends, device=device),
-            torch.tensor(cu_steps, device=device),
-        )
-        prob = pooled.prob.tolist()
-        return [prob[a:b] for a, b in pairwise(cu_steps)]
+
+@torch.inference_mode()
+def packed_scores(
+    body: torch.nn.Module, head: PrmHead, sequences: list[Encoded], token_budget: int
+) -> list[list[float]]:
+    """The head's probability at the rows of each sequence, packed without padding into passes of `token_budget`."""
+    probs: list[list[float]] = [[] for _ in sequences]
+    for group in bins([len(sequence.ids) for sequence in sequences], token_budget):
+        for i, values in zip(group, _one_pass(body, head, [sequences[i] for i in group]), strict=True):
+            probs[i] = values
+    return probs
+
+
+def _one_pass(body: torch.nn.Module, head: PrmHead, sequences: list[Encoded]) -> list[list[float]]:
+    device = head.weight.device
+    ids = torch.tensor([token for sequence in sequences for token in sequence.ids], device=device)
+    positions = torch.cat([torch.arange(len(sequence.ids)) for sequence in sequences]).to(device)
+    ends, cu_steps, start = [], [0], 0
+    for sequence in sequences:
+        ends += [start + row for row in sequence.rows]
+        cu_steps.append(len(ends))
+        start += len(sequence.ids)
+    output = body(input_ids=ids[None], position_ids=positions[None], attention_mask=None, use_cache=False)
+    pooled = step_pool(
+        output.last_hidden_state[0],
+        head,
+        torch.tensor(ends, dtype=torch.int64, device=device),
+        torch.tensor(cu_steps, device=device),
+    )
+    prob = pooled.prob.tolist()
+    return [prob[a:b] for a, b in pairwise(cu_steps)]

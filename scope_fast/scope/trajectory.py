@@ -8,13 +8,22 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Prompt:
-    """A question. id: stable and unique in a run. entry: what the verifier's scoring function needs."""
+    """A question. id: stable and unique in a run. entry: what the verifier's scoring function needs.
+
+    text: the user's text; of chat messages, the whole prompt as the student reads it. messages: where the row had them.
+    """
 
     id: str
     task: str
     text: str
     ids: tuple[int, ...]
     entry: dict[str, Any]
+    messages: list[dict[str, str]] | None = None
+
+    @property
+    def chat(self) -> list[dict[str, str]]:
+        """The prompt as chat messages, for models of another template."""
+        return self.messages or [{"role": "user", "content": self.text}]
 
     @property
     def answer(self) -> str:

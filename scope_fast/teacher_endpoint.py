@@ -1,0 +1,265 @@
+"""A teacher behind any OpenAI-compatible server: concurrent, retried, bounded, cached; nothing is lost uncounted.
+
+    tokenizers match    POST /completions        prompt = the student's own token ids, prefix included
+    else                POST /chat/completions   the same messages and the prefix as the assistant's unfinished turn, in
+                                                 the server's own template (continue_final_message: vLLM, SGLang)
+
+Neither carries a hint or the answer. `check` refuses a server that can do neither: one that ignores the flag would
+begin a new answer, and the splice would be of two unrelated texts.
+
+Every attempt and every request is counted once:    requests = finished + unfinished + the sum of fault/*
+                                                    asked = cached + finished + unfinished + the sum of error/*
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from scope_fast import config as cfg
+from scope_fast.teacher import Reply, Request, TeacherError
+
+RETRIED = frozenset({"rate_limit", "server", "timeout", "connection", "bad_json"})
+Outcome = Reply | TeacherError
+
+
+class EndpointTeacher:
+    """`Teacher` on a server. counts: since `take_counts`; the budget is a run's, those of a resumed run start anew.
+
+    The key comes from the environment, goes into one header, and is cut out of whatever the server sends back.
+    Raises ImportError without httpx.
+    """
+
+    def __init__(self, config: cfg.Teacher, tokenizer, seed: int = 0) -> None:
+        self._httpx = _httpx()
+        self._config, self._server, self._seed = config, config.endpoint, seed
+        self._key = os.environ.get(self._server.key_variable, "")
+        self.sends_tokens = _shares_tokenizer(self._server, tokenizer)
+        self._route = "completions" if self.sends_tokens else "chat/completions"
+        self._probe_ids = tokenizer.encode("1 + 1 = 2", add_special_tokens=False)
+        self._jitter = random.Random()  # of waits only: two clients must not come back at the same moment
+        self.counts: Counter[str] = Counter()
+        self._spent_requests = self._spent_tokens = 0
+        self._deadline = 0.0
+
+    def complete(self, requests: list[Request]) -> list[Outcome]:
+        """All requests at once, `concurrency` in flight. Whatever is not there shortly before `teacher.timeout_s` is a
+        timeout of its own request: `ask` would give up on all of them."""
+        return asyncio.run(self._complete(requests))
+
+    def check(self) -> None:
+        """Asks the server for one token or two. ValueError where it cannot continue a prefix, or does not answer."""
+        asyncio.run(self._check())
+
+    def take_counts(self) -> dict[str, int]:
+        """teacher/requests, teacher/error/timeout, ... since the last call."""
+        counts = {f"teacher/{name}": count for name, count in sorted(self.counts.items())}
+        self.counts.clear()
+        return counts
+
+    def body(self, request: Request, index: int = 0) -> dict[str, Any]:
+        """What is sent. The seed is left out where nothing is drawn: the cache then finds the same question again."""
+        body: dict[str, Any] = {
+            "model": self._server.model,
+            "max_tokens": self._config.max_tokens,
+            "temperature": self._config.temperature,
+        }
+        if self._config.temperature > 0.0:
+            what = f"{self._seed}/{request.seed}/{index}/{request.prompt.id}"
+            body["seed"] = int.from_bytes(hashlib.sha256(what.encode()).digest()[:6], "big")
+        if self.sends_tokens:
+            return {**body, "prompt": [*request.prompt.ids, *request.prefix_ids]}
+        if not request.prefix:
+            return {**body, "messages": request.prompt.chat}
+        return {**body, **continued(request.prompt.chat, request.prefix)}
+
+    async def _complete(self, requests: list[Request]) -> list[Outcome]:
+        bound = self._config.timeout_s
+        self._deadline = asyncio.get_running_loop().time() + bound - min(1.0, 0.1 * bound)
+        slots = asyncio.Semaphore(self._server.concurrency)
+        async with self._client() as client:
+            tasks = [self._one(client, slots, self.body(request, i)) for i, request in enumerate(requests)]
+            return await asyncio.gather(*tasks)
+
+    def _client(self):
+        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        limits = self._httpx.Limits(max_connections=self._server.concurrency)
+        return self._httpx.AsyncClient(headers=headers, limits=limits, timeout=self._server.request_timeout_s)
+
+    async def _one(self, client, slots: asyncio.Semaphore, body: dict[str, Any]) -> Outcome:
+        """A request to its end: from the cache, or attempt after attempt."""
+        cached = self._cached(body)
+        if cached is not None:
+            self.counts["cached" if isinstance(cached, Reply) else f"error/{cached.category}"] += 1
+            return cached
+        for attempt in range(self._server.retries + 1):
+            async with slots:
+                outcome, retry_after = await self._attempt(client, body)
+            if isinstance(outcome, Reply):
+                self._store(body, outcome)
+                return outcome
+            wait = self._server.backoff_s * 2**attempt * self._jitter.uniform(0.5, 1.0)
+            wait = max(wait, retry_after)
+            late = asyncio.get_running_loop().time() + wait >= self._deadline
+            if outcome.category not in RETRIED or attempt == self._server.retries or late:
+                break
+            self.counts["retries"] += 1
+            await asyncio.sleep(wait)
+        self.counts[f"error/{outcome.category}"] += 1
+        return outcome
+
+    async def _attempt(self, client, body: dict[str, Any]) -> tuple[Outcome, float]:
+        """(what came of it, seconds the server asks to wait)."""
+        left = self._deadline - asyncio.get_running_loop().time()
+        if left <= 0.0:
+            return TeacherError(f"no time left of teacher.timeout_s={self._config.timeout_s:g}", "deadline"), 0.0
+        if spent := self._budget_spent():
+            return TeacherError(spent, "budget"), 0.0
+        self._spent_requests += 1
+        self.counts["requests"] += 1
+        outcome, retry_after = await self._post(client, body, min(left, self._server.request_timeout_s))
+        if isinstance(outcome, Reply):
+            self.counts["finished" if outcome.finished else "unfinished"] += 1
+        else:
+            self.counts[f"fault/{outcome.category}"] += 1
+        return outcome, retry_after
+
+    async def _post(self, client, body: dict[str, Any], timeout_s: float) -> tuple[Outcome, float]:
+        url = f"{self._server.url.rstrip('/')}/{self._route}"
+        try:
+            async with asyncio.timeout(timeout_s):  # of the whole exchange: httpx bounds each read alone
+                response = await client.post(url, json=body)
+        except (TimeoutError, self._httpx.TimeoutException):
+            return TeacherError(f"no reply within {timeout_s:.3g} s", "timeout"), 0.0
+        except self._httpx.TransportError as error:
+            return TeacherError(self._clean(f"{type(error).__name__}: {error}"), "connection"), 0.0
+        text = self._clean(response.text)
+        if response.status_code != 200:
+            kind = {429: "rate_limit"}.get(response.status_code, "server" if response.status_code >= 500 else "refused")
+            return TeacherError(f"HTTP {response.status_code}: {text[:200]}", kind), _seconds(response.headers)
+        return self._read(text), 0.0
+
+    def _read(self, text: str) -> Outcome:
+        """A reply of status 200."""
+        try:
+            answer = json.loads(text)
+        except json.JSONDecodeError as error:
+            return TeacherError(f"not JSON: {error}", "bad_json")
+        usage = answer.get("usage") if isinstance(answer, dict) else None
+        self._spent_tokens += int((usage or {}).get("total_tokens") or 0)
+        try:
+            choice = answer["choices"][0]
+            content = choice["text"] if self.sends_tokens else choice["message"]["content"]
+            finished = choice["finish_reason"] == "stop"
+        except (KeyError, IndexError, TypeError) as error:
+            return TeacherError(f"no choice in the reply ({type(error).__name__}: {error})", "empty")
+        if not isinstance(content, str) or not content.strip():
+            return TeacherError("empty reply", "empty")
+        return Reply(content, finished)
+
+    def _budget_spent(self) -> str:
+        """Why nothing more may be sent; "" while it may. Requests in flight may overrun the budget of tokens."""
+        for name, spent in (("max_requests", self._spent_requests), ("max_total_tokens", self._spent_tokens)):
+            limit = getattr(self._server, name)
+            if limit is not None and spent >= limit:
+                return f"teacher.endpoint.{name}={limit} is spent"
+        return ""
+
+    def _clean(self, text: str) -> str:
+        return text.replace(self._key, "***") if self._key else text
+
+    def _file(self, body: dict[str, Any]) -> Path | None:
+        if self._server.cache is None:
+            return None
+        name = cfg.digest(self._server.url, self._route, body)
+        return Path(self._server.cache).expanduser() / name[:2] / f"{name}.json"
+
+    def _cached(self, body: dict[str, Any]) -> Outcome | None:
+        file = self._file(body)
+        if file is None or not file.is_file():
+            return None
+        try:
+            return Reply(json.loads(file.read_text(encoding="utf-8"))["text"])
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            return TeacherError(f"teacher.endpoint.cache: {file} is damaged ({error}); delete it", "cache")
+
+    def _store(self, body: dict[str, Any], reply: Reply) -> None:
+        """Only finished replies: another attempt at the others may do better. Whole or not at all."""
+        file = self._file(body)
+        if file is None or not reply.finished:
+            return
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(f".{os.getpid()}.tmp")
+        partial.write_text(json.dumps({"text": reply.text}), encoding="utf-8")
+        partial.replace(file)
+
+    async def _check(self) -> None:
+        async with self._client() as client:
+            if self.sends_tokens:
+                count = await self._prompt_tokens(client, {"prompt": self._probe_ids})
+                if count != len(self._probe_ids):
+                    raise self._refusal(f"read {len(self._probe_ids)} token ids as {count} tokens")
+                return
+            chat, start = [{"role": "user", "content": "1 + 1 ="}], "1 + 1 = 2, since"
+            whole = [*chat, {"role": "assistant", "content": start}]
+            closed = await self._prompt_tokens(client, {"messages": whole, "add_generation_prompt": True})
+            opened = await self._prompt_tokens(client, continued(chat, start))
+            if opened >= closed:  # an unfinished turn has neither an end nor a new turn's beginning
+                raise self._refusal("ignores continue_final_message, so it cannot go on from a prefix")
+
+    async def _prompt_tokens(self, client, body: dict[str, Any]) -> int:
+        """How long the server finds a prompt."""
+        request = {"model": self._server.model, "max_tokens": 1, "temperature": 0.0, **body}
+        try:
+            response = await client.post(f"{self._server.url.rstrip('/')}/{self._route}", json=request)
+        except self._httpx.TransportError as error:
+            raise self._refusal(self._clean(f"{type(error).__name__}: {error}")) from None
+        if response.status_code != 200:
+            raise self._refusal(f"HTTP {response.status_code}: {self._clean(response.text)[:200]}")
+        try:
+            return int(response.json()["usage"]["prompt_tokens"])
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise self._refusal(f"no usage.prompt_tokens in the reply ({type(error).__name__})") from None
+
+    def _refusal(self, why: str) -> ValueError:
+        return ValueError(f"teacher.endpoint: {self._server.url} ({self._route}): {why}")
+
+
+def continued(messages: list[dict[str, str]], prefix: str) -> dict[str, Any]:
+    """The part of a chat request that has the server go on from `prefix`."""
+    whole = [*messages, {"role": "assistant", "content": prefix}]
+    return {"messages": whole, "continue_final_message": True, "add_generation_prompt": False}
+
+
+def _shares_tokenizer(server: cfg.Endpoint, student) -> bool:
+    """Whether token ids may be sent: declared, or checked. A tokenizer that differs means the chat route."""
+    if server.tokenizer in (None, "student"):
+        return server.tokenizer == "student"
+    from transformers import AutoTokenizer
+
+    same = student.get_vocab() == AutoTokenizer.from_pretrained(server.tokenizer).get_vocab()
+    what = "the student's token ids" if same else "messages and text prefixes"
+    print(f"teacher: the endpoint gets {what}", flush=True)
+    return same
+
+
+def _seconds(headers) -> float:
+    """A Retry-After in seconds; dates are not read."""
+    value = headers.get("retry-after", "")
+    return float(value) if value.isdecimal() else 0.0
+
+
+def _httpx():
+    try:
+        import httpx
+    except ModuleNotFoundError as error:
+        if error.name != "httpx":
+            raise
+        raise ImportError("teacher.kind: endpoint needs httpx: pip install 'scope-fast[endpoint]'") from error
+    return httpx

@@ -1,0 +1,345 @@
+"""A teacher behind HTTP: every failure is retried or counted, the key stays where it is, and a real vLLM server goes on
+from the student's tokens and from a prefix text alike."""
+
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import tiny_models
+import torch
+from factories import byte_level, prompt
+
+from scope_fast import config as cfg
+from scope_fast.teacher import Reply, Request, TeacherError, ask, counts_of
+from scope_fast.teacher_endpoint import EndpointTeacher
+
+pytest.importorskip("httpx", reason="httpx is not installed (pip install 'scope-fast[endpoint]')")
+
+KEY = "sk-sentinel-93c1"
+WAYS = ("rate_limit", "server", "bad_json", "empty", "timeout")
+
+
+def completion(text="so 2", finish_reason="stop", tokens=7):
+    return {
+        "choices": [{"text": text, "finish_reason": finish_reason}],
+        "usage": {"total_tokens": tokens, "prompt_tokens": 3},
+    }
+
+
+class Server(ThreadingHTTPServer):
+    """Answers `behave(body, attempt)`, attempt counting the requests of one prompt: (status, text), or None to hang."""
+
+    daemon_threads = True
+    request_queue_size = 256
+
+    def __init__(self, behave):
+        self.behave, self.attempts, self.seen, self.headers = behave, Counter(), [], []
+        self.lock, self.released = threading.Lock(), threading.Event()
+        super().__init__(("127.0.0.1", 0), Handler)
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_port}/v1"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        what = json.dumps(body.get("prompt", body.get("messages")))
+        with self.server.lock:
+            self.server.seen.append((self.path, body))
+            self.server.headers.append(dict(self.headers))
+            self.server.attempts[what] += 1
+            attempt = self.server.attempts[what]
+        reply = self.server.behave(body, attempt)
+        if reply is None:
+            self.server.released.wait(30)
+            return
+        status, text = reply
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(text.encode())))
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *arguments):
+        pass
+
+
+@contextmanager
+def serving(behave):
+    server = Server(behave)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.released.set()
+        server.shutdown()
+        server.server_close()
+
+
+def teacher(url, tokenizer="student", timeout_s=60.0, temperature=0.0, max_tokens=16, **endpoint):
+    settings = {"request_timeout_s": 1.0, "backoff_s": 0.01, "key_variable": "TEST_TEACHER_KEY", **endpoint}
+    server = cfg.Endpoint(url=url, model="m", tokenizer=tokenizer, **settings)
+    config = cfg.Teacher(
+        kind="endpoint", endpoint=server, timeout_s=timeout_s, temperature=temperature, max_tokens=max_tokens
+    )
+    return EndpointTeacher(config, byte_level())
+
+
+def requests_(count):
+    return [Request(prompt(ids=(5, i)), [70, 71], "12 + 7 = 19\n") for i in range(count)]
+
+
+def failing(body, attempt, lasting):
+    """Of every 25 prompts five fail, each in another way: the first time, or always."""
+    way = body["prompt"][1] % 25
+    if way >= 5 or (attempt > 1 and not lasting):
+        return 200, json.dumps(completion(f"reply {body['prompt'][1]}"))
+    return [
+        (429, "slow down"), (500, "oops"), (200, json.dumps(completion())[:20]),
+        (200, json.dumps({"choices": []})), None,
+    ][way]  # fmt: skip
+
+
+@pytest.mark.parametrize("lasting", [False, True])
+def test_of_200_requests_a_fifth_failing_in_five_ways_none_is_lost(lasting, monkeypatch, tmp_path, caplog, capsys):
+    monkeypatch.setenv("TEST_TEACHER_KEY", KEY)
+    caplog.set_level(logging.DEBUG)
+    with serving(lambda body, attempt: failing(body, attempt, lasting)) as server:
+        made = teacher(server.url, retries=2, cache=str(tmp_path / "cache"))
+        replies = ask(made, requests_(200), 60.0)
+        counts = counts_of(made)
+        sent = len(server.seen)
+        assert {headers["Authorization"] for headers in server.headers} == {f"Bearer {KEY}"}
+    lost = {i for i in range(200) if i % 25 < 5 and (lasting or i % 25 == 3)}  # an empty choice is not asked for again
+    for i, reply in enumerate(replies):
+        if i in lost:
+            assert isinstance(reply, TeacherError) and reply.category == WAYS[i % 25]
+        else:
+            assert reply == Reply(f"reply {i}")
+    attempts = {way: 8 * (1 if not lasting or way == "empty" else 3) for way in WAYS}
+    expected = {f"teacher/fault/{way}": n for way, n in attempts.items()}
+    expected |= {f"teacher/error/{way}": 8 for way in WAYS if lasting or way == "empty"}
+    expected |= {"teacher/finished": 200 - len(lost), "teacher/retries": 64 if lasting else 32}
+    expected["teacher/requests"] = sent
+    assert counts == expected
+    assert sent == counts["teacher/finished"] + sum(attempts.values())
+    assert sum(isinstance(r, Reply) for r in replies) + sum(isinstance(r, TeacherError) for r in replies) == 200
+    files = list((tmp_path / "cache").rglob("*.json"))
+    assert len(files) == 200 - len(lost)
+    written = "".join(file.read_text() for file in files) + caplog.text + "".join(capsys.readouterr())
+    assert KEY not in written and KEY not in repr(made.__dict__["_config"])
+
+
+def test_finished_replies_come_from_the_cache_and_nothing_else_is_kept(tmp_path):
+    def behave(body, attempt):
+        cut = body["prompt"][1] == 1
+        return 200, json.dumps(completion("cut" if cut else "whole", "length" if cut else "stop"))
+
+    with serving(behave) as server:
+        first, again = (teacher(server.url, cache=str(tmp_path)) for _ in range(2))
+        replies = first.complete(requests_(2))
+        assert replies == [Reply("whole"), Reply("cut", finished=False)]
+        assert again.complete(requests_(2)) == replies
+        assert again.take_counts() == {"teacher/cached": 1, "teacher/requests": 1, "teacher/unfinished": 1}
+        assert len(server.seen) == 3
+        (file,) = tmp_path.rglob("*.json")
+        file.write_text('{"te')
+        damaged = again.complete(requests_(1))[0]
+    assert damaged.category == "cache" and "is damaged" in str(damaged)
+
+
+def test_the_server_s_own_words_are_passed_on_without_the_key(monkeypatch):
+    monkeypatch.setenv("TEST_TEACHER_KEY", KEY)
+    with serving(lambda body, attempt: (401, f"Incorrect API key provided: {KEY}")) as server:
+        made = teacher(server.url)
+        (error,) = made.complete(requests_(1))
+        assert str(error) == "HTTP 401: Incorrect API key provided: ***" and error.category == "refused"
+        assert len(server.seen) == 1  # asking again would not help
+        with pytest.raises(ValueError, match=r"HTTP 401: Incorrect API key provided: \*\*\*"):
+            made.check()
+
+
+def test_no_key_in_the_environment_sends_none(monkeypatch):
+    monkeypatch.delenv("TEST_TEACHER_KEY", raising=False)
+    with serving(lambda body, attempt: (200, json.dumps(completion()))) as server:
+        teacher(server.url).complete(requests_(1))
+        assert "Authorization" not in server.headers[0]
+
+
+@pytest.mark.parametrize(
+    ("limit", "message"), [({"max_requests": 3}, "max_requests=3"), ({"max_total_tokens": 20}, "max_total_tokens=20")]
+)
+def test_a_budget_that_is_spent_is_an_error_of_its_own(limit, message):
+    with serving(lambda body, attempt: (200, json.dumps(completion(tokens=7)))) as server:
+        made = teacher(server.url, concurrency=1, **limit)
+        replies = made.complete(requests_(5))
+        assert len(server.seen) == 3
+    assert replies[:3] == [Reply("so 2")] * 3
+    assert {str(error) for error in replies[3:]} == {f"teacher.endpoint.{message} is spent"}
+    assert made.take_counts() == {"teacher/error/budget": 2, "teacher/finished": 3, "teacher/requests": 3}
+
+
+def test_a_server_that_hangs_costs_its_own_requests_and_not_the_others():
+    """`teacher.timeout_s` runs out: what has arrived by then is kept."""
+    with serving(lambda body, attempt: None if body["prompt"][1] else (200, json.dumps(completion()))) as server:
+        made = teacher(server.url, timeout_s=2.0, request_timeout_s=60.0)
+        start = time.monotonic()
+        replies = ask(made, requests_(4), 20.0)
+        assert time.monotonic() - start < 15
+    assert replies[0] == Reply("so 2") and [error.category for error in replies[1:]] == ["timeout"] * 3
+
+
+def test_nobody_there():
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))  # bound and not listening: connections are refused
+        made = teacher(f"http://127.0.0.1:{held.getsockname()[1]}/v1", retries=1)
+        (error,) = made.complete(requests_(1))
+        assert error.category == "connection" and made.counts["fault/connection"] == 2
+        with pytest.raises(ValueError, match=r"teacher\.endpoint: http://127.*ConnectError"):
+            made.check()
+
+
+def test_what_is_sent_holds_no_hint_and_no_answer():
+    request = Request(prompt({"answer": "SECRET", "metadata": {"source_dataset": "x"}}), [70, 71], "12 + 7 = 19\n", 5)
+    ids = teacher("http://x/v1").body(request)
+    assert ids == {"model": "m", "max_tokens": 16, "temperature": 0.0, "prompt": [5, 6, 7, 70, 71]}
+    chat = teacher("http://x/v1", tokenizer=None, temperature=0.5).body(request)
+    assert chat.pop("seed") >= 0
+    assert chat == {
+        "model": "m", "max_tokens": 16, "temperature": 0.5, "continue_final_message": True,
+        "add_generation_prompt": False,
+        "messages": [{"role": "user", "content": "question"}, {"role": "assistant", "content": "12 + 7 = 19\n"}],
+    }  # fmt: skip
+    fresh = teacher("http://x/v1", tokenizer=None).body(Request(request.prompt, [], ""))
+    assert fresh["messages"] == [{"role": "user", "content": "question"}] and "continue_final_message" not in fresh
+
+
+def test_a_server_that_can_do_neither_is_refused():
+    """It ignores the flag: a prompt is as long with it as without. And one that takes token ids for text."""
+    with serving(lambda body, attempt: (200, json.dumps(completion()))) as server:
+        with pytest.raises(ValueError, match=r"\(chat/completions\): ignores continue_final_message"):
+            teacher(server.url, tokenizer=None).check()
+        with pytest.raises(ValueError, match=r"\(completions\): read \d+ token ids as 3 tokens"):
+            teacher(server.url).check()
+
+
+# A real server: one, for all that follows.
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n---\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def vllm_server(tmp_path_factory):
+    """(url, model, tokenizer, folder) of `vllm.entrypoints.openai.api_server` on a tiny model."""
+    pytest.importorskip("vllm")
+    folder = tmp_path_factory.mktemp("served")
+    model, tokenizer = tiny_models.make(), byte_level().__class__.from_pretrained(_saved(byte_level(), folder))
+    for settings in (model.config, model.generation_config):
+        settings.eos_token_id = tokenizer.eos_token_id
+        settings.bos_token_id = None
+    tokenizer.chat_template = TEMPLATE
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    arguments = ["--model", str(folder), "--served-model-name", "m", "--port", str(port), "--host", "127.0.0.1"]
+    log = open(folder / "log", "w")  # noqa: SIM115  the process owns it
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments, "--enforce-eager",
+         "--dtype", "float32", "--max-model-len", "256", "--api-key", KEY],
+        env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+    try:
+        _wait(f"http://127.0.0.1:{port}/health", process, folder / "log")
+        yield f"http://127.0.0.1:{port}/v1", model, tokenizer, folder
+    finally:
+        process.terminate()
+        process.wait(60)
+        log.close()
+
+
+def _saved(tokenizer, folder):
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _wait(url, process, log, limit_s=240):
+    end = time.monotonic() + limit_s
+    while time.monotonic() < end:
+        assert process.poll() is None, log.read_text()[-3000:]
+        try:
+            urllib.request.urlopen(url, timeout=2)
+            return
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            time.sleep(0.5)
+    raise AssertionError(f"no server after {limit_s} s: {log.read_text()[-3000:]}")
+
+
+@torch.no_grad()
+def greedy(model, ids, count, eos):
+    out = list(ids)
+    for _ in range(count):
+        out.append(model(torch.tensor([out])).logits[0, -1].argmax().item())
+        if out[-1] == eos:
+            break
+    return out[len(ids) :]
+
+
+@pytest.mark.parametrize("route", ["tokens", "chat"])
+def test_a_real_server_goes_on_from_the_prefix(vllm_server, route, monkeypatch):
+    monkeypatch.setenv("TEST_TEACHER_KEY", KEY)
+    url, model, tokenizer, folder = vllm_server
+    made = teacher(url, tokenizer=str(folder) if route == "tokens" else None, request_timeout_s=60.0)
+    assert made.sends_tokens is (route == "tokens")
+    made.check()
+    prefixes = ["12 + 7 = 19\n", "1 + 1 = 2\n2 + 3 ="]
+    asked = [Request(prompt(ids=(5, 6, 7), text="1 + 1?"), tokenizer.encode(p), p) for p in prefixes]
+    replies = ask(made, asked, 120.0)
+    for request, reply in zip(asked, replies, strict=True):
+        ids = [*request.prompt.ids, *request.prefix_ids]
+        if route == "chat":
+            ids = tokenizer.encode(f"user: 1 + 1?\n---\nassistant: {request.prefix}")
+        truth = greedy(model, ids, 16, tokenizer.eos_token_id)
+        assert isinstance(reply, Reply), reply
+        assert reply.text == tokenizer.decode(truth, skip_special_tokens=True)
+        assert reply.finished is (truth[-1] == tokenizer.eos_token_id)
+
+
+def test_a_real_server_s_refusals_are_told(vllm_server, monkeypatch):
+    url, *_ = vllm_server
+    monkeypatch.setenv("TEST_TEACHER_KEY", "sk-wrong")
+    (error,) = teacher(url, request_timeout_s=60.0).complete(requests_(1))
+    assert error.category == "refused" and "HTTP 401" in str(error)
+    monkeypatch.setenv("TEST_TEACHER_KEY", KEY)
+    long = Request(prompt(ids=(5,) * 300), [], "")
+    (error,) = teacher(url, request_timeout_s=60.0).complete([long])
+    assert error.category == "refused" and "HTTP 400" in str(error)
+
+
+def test_a_real_server_ends_by_itself_or_at_the_budget(vllm_server, monkeypatch):
+    monkeypatch.setenv("TEST_TEACHER_KEY", KEY)
+    url, *_ = vllm_server
+    made = teacher(url, temperature=1.0, max_tokens=150, request_timeout_s=60.0)
+    replies = made.complete([Request(prompt(ids=(5, 6)), [70], "x", seed) for seed in range(40)])
+    counts = made.take_counts()
+    assert counts["teacher/finished"] + counts["teacher/unfinished"] == 40 == counts["teacher/requests"]
+    assert counts["teacher/finished"] == sum(reply.finished for reply in replies) > 0 < counts["teacher/unfinished"]
+    assert len({reply.text for reply in replies}) > 30  # each request has a seed of its own
