@@ -148,7 +148,8 @@ def _without_torchrun(environment: os._Environ[str]) -> dict[str, str]:
 
 
 def _die_with_parent() -> NoReturn:
-    sys.stdin.buffer.read()  # returns when the parent's end of the pipe is closed
+    # returns when the parent's end of the pipe is closed; sys.stdin would hold a lock that the interpreter's end wants
+    os.read(0, 1)
     os.killpg(0, signal.SIGKILL)
 
 

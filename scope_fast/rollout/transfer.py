@@ -1,7 +1,7 @@
 """Which backend carries the weights, and the trainer-side init object that makes vLLM use it.
 
-    shm   learner on CPU: a file in shared memory, one machine                               (ours, weight_sync.py)
-    ipc   learner and engine on the same GPU: handles of device memory                       (vLLM's)
+    shm   a file in shared memory: on CPU, and for an engine in the learner's own process     (ours, weight_sync.py)
+    ipc   two processes on the same GPU: handles of device memory                            (vLLM's)
     nccl  an engine on GPUs of its own: broadcast from rank 0, on one machine or several      (vLLM's)
 
 ipc and nccl are held to the signatures of the installed vLLM by the tests; they were not run on a GPU.
@@ -17,13 +17,18 @@ from scope_fast.rollout.weight_sync import ShmInit
 TRANSFERS = ("shm", "ipc", "nccl")
 
 
-def choose(on_gpu: bool, own_gpus: bool) -> tuple[str, str]:
-    """(backend, reason) for a learner on a GPU or not, and an engine with GPUs of its own or not."""
+def choose(on_gpu: bool, engine: str) -> tuple[str, str]:
+    """(backend, reason) for a learner on a GPU or not, and an engine in the same process, on the same GPU, or on GPUs
+    of its own: "same_process", "same_gpu", "own_gpus"."""
+    if engine not in ("same_process", "same_gpu", "own_gpus"):
+        raise ValueError(f"engine={engine!r}: expected same_process, same_gpu or own_gpus")
     if not on_gpu:
         return "shm", "the learner is on the CPU"
-    if own_gpus:
-        return "nccl", "the engine has GPUs of its own"
-    return "ipc", "learner and engine share a GPU"
+    if engine == "same_process":
+        return "shm", "CUDA opens no handle in the process that made it: through host memory"
+    if engine == "same_gpu":
+        return "ipc", "learner and engine share a GPU"
+    return "nccl", "the engine has GPUs of its own"
 
 
 def trainer_init(

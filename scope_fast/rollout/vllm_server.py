@@ -9,7 +9,9 @@ the transfer backend is one of vLLM's own ("ipc", "nccl").
 
 from __future__ import annotations
 
+import base64
 import json
+import pickle
 import random
 import sys
 import tempfile
@@ -57,11 +59,23 @@ class HttpSyncClient:
         self._http.post("start_weight_update", None, self._timeout_s)
 
     def update_weights(self, update_info: dict[str, Any] | list[dict[str, Any]]) -> None:
-        self._http.post("update_weights", {"update_info": update_info}, self._timeout_s)
+        infos = update_info if isinstance(update_info, list) else [update_info]
+        sendable = [json_safe(info) for info in infos]
+        body = {"update_info": sendable if isinstance(update_info, list) else sendable[0]}
+        self._http.post("update_weights", body, self._timeout_s)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         body = {"weight_version": self.version if weight_version is None else weight_version}
         self._http.post("finish_weight_update", body, self._timeout_s)
+
+
+def json_safe(update_info: dict[str, Any]) -> dict[str, Any]:
+    """The handles of the "ipc" backend are no JSON; vLLM's workers take them pickled, if the server was told that they
+    may (`server_environment`)."""
+    if update_info.get("ipc_handles") is None:
+        return update_info
+    pickled = base64.b64encode(pickle.dumps(update_info["ipc_handles"])).decode()
+    return {k: v for k, v in update_info.items() if k != "ipc_handles"} | {"ipc_handles_pickled": pickled}
 
 
 class HostCopy:
@@ -190,7 +204,8 @@ class VllmServerEngine:
         if options.server_url is None:
             arguments = server_arguments(self._model_dir, options, self._transfer.backend)
             log = Path(self._folder.name) / "server.log"
-            self._process = ServerProcess(arguments, server_environment(options), log, options.start_timeout_s)
+            environment = server_environment(options, self._transfer.backend)
+            self._process = ServerProcess(arguments, environment, log, options.start_timeout_s)
         self._http = Http(options.server_url or self._process.url)
         self._inner_client = HttpSyncClient(self._http, options.sync_timeout_s)
         self._client = watch.PhasedClient(self._inner_client, self._rank)
@@ -206,7 +221,9 @@ class VllmServerEngine:
                 raise
             reason = self._process.last_words(5) if self._process else "it was not started here"
             if self._restarts_left == 0:
-                raise ServerDiedError(f"vLLM server: died in {what} ({reason}), no restart is left") from error
+                raise ServerDiedError(
+                    f"vLLM server: died in {what}, no restart is left; the end of its log:\n{reason}"
+                ) from error
             self._restarts_left -= 1
             print(
                 f"vLLM server: died in {what}; starting another, its weights and the interrupted call follow. The end "
@@ -316,9 +333,10 @@ def server_arguments(model_dir: str, options: EngineOptions, backend: str) -> li
     return [*arguments, "--kv-cache-memory-bytes", str(options.kv_cache_bytes)]
 
 
-def server_environment(options: EngineOptions) -> dict[str, str]:
-    """What else a server started here needs to know."""
-    return {} if options.num_threads is None else {"OMP_NUM_THREADS": str(options.num_threads)}
+def server_environment(options: EngineOptions, backend: str) -> dict[str, str]:
+    """What else a server for this engine needs to find in its environment."""
+    threads = {} if options.num_threads is None else {"OMP_NUM_THREADS": str(options.num_threads)}
+    return threads | ({"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} if backend == "ipc" else {})
 
 
 def _rollout(prompt: list[int], choice: dict[str, Any]) -> Rollout:
