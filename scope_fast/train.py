@@ -249,6 +249,8 @@ def engine_options(config: Config) -> EngineOptions:
         seed=config.seed,
         num_threads=rollout.num_threads,
         kv_cache_bytes=int(rollout.kv_cache_gib * 2**30),
+        sync_timeout_s=rollout.sync_timeout_s,
+        server_url=rollout.server_url,
     )
 
 

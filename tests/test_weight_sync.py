@@ -273,6 +273,7 @@ def test_init_objects_are_those_of_the_installed_vllm():
     reader = WeightTransferTrainerFactory.trainer_init(nccl, client=FakeClient(), source=mixed_source())
     assert not reader.is_sender  # rank 1: no communicator, so this much runs without a GPU
 
+
 # The last prompt is longer than a block of vLLM's KV cache (128 tokens on CPU), so that the prefix cache can hold it.
 PROMPTS = [[5, 6, 7], [9], list(range(3, 203))]
 OPTIONS = EngineOptions(max_model_len=256, num_threads=1)
