@@ -25,7 +25,7 @@ LEVELS = [
 ]
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 
-VLLM_HOMES = {"rollout.vllm_engine", "rollout.weight_sync"}
+VLLM_HOMES = {"rollout.vllm_engine", "rollout.vllm_server", "rollout.transfer", "rollout.weight_sync"}
 # A verifier worker imports these: a second of torch in each of them would be paid at every restart.
 WITHOUT_TORCH = {"verifier", "tasks", "answers", "math_answers"}
 HEAVY = ("vllm", "reasoning_gym", "pydantic", "tensorboard", "rich", "wandb", "trl", "verl")

@@ -149,7 +149,7 @@ def test_ipc_handles_travel_as_vllm_takes_them(monkeypatch):
 def test_a_server_that_cannot_start_says_why(tmp_path):
     with pytest.raises(RuntimeError, match=r"(?s)ended with status 2 at its start:.*no-such-argument"):
         ServerProcess(["--no-such-argument"], {}, tmp_path / "log", timeout_s=120.0)
-    with pytest.raises(TimeoutError, match="not up within 0.5 s"):
+    with pytest.raises(TimeoutError, match=r"not up within 0\.5 s"):
         ServerProcess([], {}, tmp_path / "log", timeout_s=0.5)
 
 
@@ -292,5 +292,5 @@ def test_a_killed_server_comes_back_once(engine, model, capfd):
 
 
 def test_bad_options():
-    with pytest.raises(ValueError, match="sync_timeout_s=0.0: expected more than 0"):
+    with pytest.raises(ValueError, match=r"sync_timeout_s=0\.0: expected more than 0"):
         EngineOptions(sync_timeout_s=0.0)

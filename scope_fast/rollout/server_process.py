@@ -1,7 +1,7 @@
 """A vLLM OpenAI server as a child process, and plain HTTP to it. Nothing here imports vLLM.
 
-The child leads a process group of its own and holds the read end of a pipe: when this process ends, however it ends, the
-pipe closes and the child kills its group, so that no server and no engine core is left behind.
+The child leads a process group of its own and holds the read end of a pipe: when this process ends, however it ends,
+the pipe closes and the child kills its group, so that no server and no engine core is left behind.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Rollouts from a vLLM server: its own process, its own GPUs, tokens in and tokens out over HTTP.
 
-    POST /inference/v1/generate    one response per request, sampled with the request's seed     (--tokens-only)
-    POST /pause .. /resume         the weight sync's bracket                                     (VLLM_SERVER_DEV_MODE=1)
+    POST /inference/v1/generate    one response per request, sampled with the request's seed    (--tokens-only)
+    POST /pause .. /resume         the weight sync's bracket                                    (VLLM_SERVER_DEV_MODE=1)
 
-The weights go through vLLM's native transfer API, over the same HTTP routes. vLLM is not imported in this process, unless
-the transfer backend is one of vLLM's own ("ipc", "nccl").
+The weights go through vLLM's native transfer API, over the same HTTP routes. vLLM is not imported in this process,
+unless the transfer backend is one of vLLM's own ("ipc", "nccl").
 """
 
 from __future__ import annotations
