@@ -14,7 +14,7 @@ import torch
 from bench import harness, report
 from bench.environment import environment
 
-STEMS = ("linear_scope_loss", "linear_logprob", "scope_loss", "step_pool", "weight_bucket")
+STEMS = ("linear_scope_loss", "linear_logprob", "scope_loss", "step_pool", "weight_bucket", "weight_sync")
 DTYPES = ("float32", "bfloat16")
 
 

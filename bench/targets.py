@@ -78,6 +78,11 @@ def cpu_targets(record: dict) -> Iterator[tuple]:
     for case in ("same dtype", "cast to bf16"):
         rows = rows_of(record, "weight_bucket", case, "bfloat16", BUCKET_SHAPES["cpu"])
         yield f"weight_bucket {case}: share of the copy bandwidth", over(rows, "copy", "scope_fast cpu"), 0.6, False
+    rows = rows_of(record, "weight_sync", "one rank", "bfloat16", BUCKET_SHAPES["cpu"])
+    yield "weight_sync one rank: share of the copy bandwidth", over(rows, "copy", "scope_fast cpu"), 0.5, False
+    rows = rows_of(record, "weight_sync", "two ranks", "bfloat16", BUCKET_SHAPES["cpu"])
+    share = over(rows, "full_tensor", "scope_fast cpu")
+    yield "weight_sync two ranks: times faster than a full_tensor per parameter", share, 2, False
 
 
 def pool_pair(rows: Rows) -> tuple[str, str]:

@@ -85,7 +85,9 @@ class Data(_Section):
 class Rollout(_Section):
     """Sampling from the student."""
 
-    engine: Literal["auto", "vllm", "transformers"] = "auto"
+    engine: Literal["auto", "vllm", "vllm_server", "transformers"] = "auto"
+    server_url: str | None = Field(None, description="engine vllm_server: one that runs already; None: start one")
+    sync_timeout_s: float = Field(600.0, gt=0, description="longest wait of a weight sync")
     prompts_per_step: Positive = 16
     group_size: int = Field(8, ge=2, description="rollouts per prompt, G")
     temperature: float = Field(1.0, gt=0)

@@ -58,6 +58,7 @@ def test_record_holds_every_stem_and_case(record):
         ("linear_scope_loss", "forward+backward"), ("linear_scope_loss", "variations"), ("linear_logprob", "forward"),
         ("linear_logprob", "forward+backward"), ("scope_loss", "forward+backward"), ("step_pool", "MLP head"),
         ("step_pool", "lm_head"), ("weight_bucket", "same dtype"), ("weight_bucket", "cast to bf16"),
+        ("weight_sync", "one rank"), ("weight_sync", "two ranks"),
     ]  # fmt: skip
 
 

@@ -36,7 +36,8 @@ LEVELS = [
 ]
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 
-VLLM_HOMES = {"rollout.vllm_engine", "rollout.weight_sync", "prm.vllm_pooling"}
+VLLM_HOMES = {f"rollout.{name}" for name in ("vllm_engine", "vllm_server", "transfer", "weight_sync")}
+VLLM_HOMES |= {"prm.vllm_pooling"}
 # A verifier worker imports these: a second of torch in each of them would be paid at every restart.
 WITHOUT_TORCH = {"verifier", "tasks", "answers", "math_answers"}
 HEAVY = ("vllm", "reasoning_gym", "pydantic", "tensorboard", "rich", "wandb", "trl", "verl")

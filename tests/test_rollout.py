@@ -19,6 +19,9 @@ GAP = 2e-5
 
 needs_vllm = pytest.mark.skipif(not vllm_engine.is_installed(), reason="vllm is not installed")
 
+# its own file holds a quick round of it
+SERVER = pytest.param("vllm_server", marks=[needs_vllm, pytest.mark.slow])
+
 
 @pytest.fixture(scope="module")
 def model():
@@ -32,7 +35,7 @@ def model_dir(model, tmp_path_factory):
     return str(folder)
 
 
-@pytest.fixture(scope="module", params=[pytest.param("vllm", marks=needs_vllm), "transformers"])
+@pytest.fixture(scope="module", params=[pytest.param("vllm", marks=needs_vllm), "transformers", SERVER])
 def engine(request, model_dir):
     made = make_engine(request.param, model_dir, EngineOptions(max_model_len=CONTEXT, max_num_seqs=8, num_threads=1))
     yield made

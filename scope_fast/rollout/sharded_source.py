@@ -88,11 +88,12 @@ def _gather(parameters: list[DTensor], dtype: torch.dtype | None) -> list[torch.
     tables = [weight_bucket.layout(_parts(parameters, ranks, r), dtype) for r in range(ranks)]
     slot_bytes = tables[0][1]
     device = parameters[0].to_local().device
-    mine = torch.empty(slot_bytes, dtype=torch.uint8, device=device)
-    weight_bucket.pack([p.to_local() for p in parameters], dtype, out=mine)
     gathered = torch.empty(ranks * slot_bytes, dtype=torch.uint8, device=device)
-    dist.all_gather_into_tensor(gathered, mine, group=group)
     slots = gathered.view(ranks, slot_bytes)
+    mine = slots[mesh.get_local_rank(shard_dim)]  # packed where it will lie: the gather moves only the others' parts
+    weight_bucket.pack([p.to_local() for p in parameters], dtype, out=mine)
+    if ranks > 1:
+        dist.all_gather_into_tensor(gathered, mine, group=group)
     parts = [weight_bucket.unpack(slots[r], table) for r, (table, _) in enumerate(tables)]
     return [torch.cat(pieces) if ranks > 1 else pieces[0] for pieces in zip(*parts, strict=True)]
 

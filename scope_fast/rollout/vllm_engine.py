@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from scope_fast.rollout import weight_sync
+from scope_fast.rollout import watch, weight_sync
 from scope_fast.rollout.base import (
     EngineOptions,
     Rollout,
@@ -113,7 +113,10 @@ class VllmEngine:
         self._context = self._llm.model_config.max_model_len
         self._vocab = self._llm.model_config.get_vocab_size()
         self._on_cpu = self._llm.llm_engine.vllm_config.device_config.device_type == "cpu"
-        self._client = SyncClient(self._llm)
+        self._rank = torch.distributed.get_rank() if group_existed else 0
+        self._sync_timeout_s = options.sync_timeout_s
+        self._inner_client = SyncClient(self._llm)
+        self._client = watch.PhasedClient(self._inner_client, self._rank)
         self._sender: Any = None
         self._version: int | None = 0
         self._llm.update_weight_version("0")
@@ -139,22 +142,23 @@ class VllmEngine:
         return [rollouts[i * n : (i + 1) * n] for i in range(len(prompts))]
 
     def update_weights(self, weights: torch.nn.Module | WeightSource, version: int) -> None:
-        """The timeline is in `weight_sync.ShmSender`."""
+        """The timeline is in `weight_sync.ShmSender`. After `sync_timeout_s` the process ends, see `watch.watchdog`."""
         check_version(version)
         self._check_usable()
         source = weight_sync.as_source(weights, self._dtype, self._bucket_bytes)
-        if self._sender is None:
-            self._sender = self._make_sender(source)
-        self._sender.source = source
-        self._version = None
-        self._client.version = str(version)
-        with self._working():
+        with watch.watchdog(self._sync_timeout_s, self._rank, lambda: self._client.phase), self._working():
+            if self._sender is None:
+                self._sender = self._make_sender(source)
+            self._sender.source = source
+            self._version = None
+            self._inner_client.version = str(version)
             self._sender.send_weights()
-        reported = self._llm.get_weight_version()
-        if reported != str(version):
-            raise RuntimeError(f"weight sync: sent version {version}, the engine reports {reported!r}")
-        if not self._llm.reset_prefix_cache():
-            raise RuntimeError("weight sync: vLLM did not reset its prefix cache (are requests still running?)")
+            with watch.named_phase(self._rank, "version check"):
+                reported = self._llm.get_weight_version()
+                if reported != str(version):
+                    raise RuntimeError(f"sent version {version}, the engine reports {reported!r}")
+                if not self._llm.reset_prefix_cache():
+                    raise RuntimeError("vLLM did not reset its prefix cache (are requests still running?)")
         self._version = version
 
     def close(self) -> None:
@@ -162,7 +166,7 @@ class VllmEngine:
             if self._sender is not None:
                 self._sender.shutdown()
             self._finalizer()
-            self._llm = self._client = self._sender = None
+            self._llm = self._client = self._inner_client = self._sender = None
             gc.collect()
 
     def _check_usable(self) -> None:

@@ -1,0 +1,158 @@
+"""A vLLM OpenAI server as a child process, and plain HTTP to it. Nothing here imports vLLM.
+
+The child leads a process group of its own and holds the read end of a pipe: when this process ends, however it ends,
+the pipe closes and the child kills its group, so that no server and no engine core is left behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+from urllib.parse import urlsplit
+
+PACKAGE_PARENT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {
+    "VLLM_SERVER_DEV_MODE": "1",  # opens the routes of the weight sync
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+class ServerDiedError(RuntimeError):
+    """The server's process has ended, or nobody listens at its address."""
+
+
+class Http:
+    """JSON requests to one server. Each call opens its own connection, so that threads may share an object."""
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"server_url={url!r}: expected http://HOST:PORT")
+        self._connection = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        self._host, self._port, self._path = parts.hostname, parts.port, parts.path.rstrip("/")
+
+    def get(self, path: str, timeout_s: float) -> Any:
+        return self._call("GET", path, None, timeout_s)
+
+    def post(self, path: str, body: dict[str, Any] | None, timeout_s: float) -> Any:
+        return self._call("POST", path, body, timeout_s)
+
+    def _call(self, method: str, path: str, body: dict[str, Any] | None, timeout_s: float) -> Any:
+        """The answer's JSON, None for an empty one. TimeoutError, RuntimeError for an error status, or ServerDiedError
+        where the connection was refused or broke."""
+        data = None if body is None else json.dumps(body).encode()
+        connection = self._connection(self._host, self._port, timeout=timeout_s)
+        try:
+            with contextlib.closing(connection):
+                connection.request(method, f"{self._path}/{path}", data, {"Content-Type": "application/json"})
+                response = connection.getresponse()
+                answer = response.read()
+        except TimeoutError as error:
+            raise TimeoutError(f"{method} /{path}: the server gave no answer within {timeout_s:g} s") from error
+        except (ConnectionError, http.client.HTTPException) as error:
+            raise ServerDiedError(f"{method} /{path}: {type(error).__name__}: {error}") from error
+        if response.status >= 400:
+            raise RuntimeError(f"{method} /{path}: status {response.status}: {answer[:2000].decode(errors='replace')}")
+        return json.loads(answer) if answer else None
+
+
+class ServerProcess:
+    """A running server: up when the constructor returns. RuntimeError with the end of its log where it does not start.
+
+    arguments: of vLLM's OpenAI server, without host and port. log: file that takes all it prints.
+    """
+
+    def __init__(self, arguments: list[str], environment: dict[str, str], log: Path, timeout_s: float) -> None:
+        port = _free_port()
+        self.url, self._log = f"http://127.0.0.1:{port}", log
+        path = os.pathsep.join(filter(None, (str(PACKAGE_PARENT), os.environ.get("PYTHONPATH"))))
+        command = [sys.executable, "-m", __name__, "--host", "127.0.0.1", "--port", str(port), *arguments]
+        with log.open("ab") as output:
+            self._process = subprocess.Popen(
+                command,
+                env={**_without_torchrun(os.environ), **ENVIRONMENT, **environment, "PYTHONPATH": path},
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        try:
+            self._wait_until_up(timeout_s)
+        except BaseException:
+            self.stop()
+            raise
+
+    @property
+    def pid(self) -> int:
+        """Of the process that listens, which leads the group of all the server's processes."""
+        return self._process.pid
+
+    def has_died(self, within_s: float = 0.0) -> bool:
+        """Whether the listening process has ended, or ends in that time."""
+        try:
+            self._process.wait(within_s)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def stop(self) -> None:
+        """Ends the whole group; what ignores SIGTERM for ten seconds is killed. Calling it twice is harmless."""
+        if self._process.stdin.closed:
+            return
+        if not self.has_died():
+            self._process.send_signal(signal.SIGTERM)
+            self.has_died(within_s=10.0)
+        with contextlib.suppress(ProcessLookupError):  # nobody is left
+            os.killpg(self.pid, signal.SIGKILL)
+        self._process.wait()
+        self._process.stdin.close()
+
+    def last_words(self, lines: int = 30) -> str:
+        """The end of the log."""
+        return "\n".join(self._log.read_text(errors="replace").splitlines()[-lines:])
+
+    def _wait_until_up(self, timeout_s: float) -> None:
+        deadline, api = time.monotonic() + timeout_s, Http(self.url)
+        while time.monotonic() < deadline:
+            if self.has_died(within_s=0.2):
+                status = self._process.returncode
+                raise RuntimeError(f"vLLM server: ended with status {status} at its start:\n{self.last_words()}")
+            with contextlib.suppress(ServerDiedError, TimeoutError):  # not listening yet
+                api.get("health", timeout_s=5.0)
+                return
+        raise TimeoutError(f"vLLM server: not up within {timeout_s:g} s:\n{self.last_words()}")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _without_torchrun(environment: os._Environ[str]) -> dict[str, str]:
+    """A server started by a rank is no rank: vLLM would take the launcher's rendezvous for its own."""
+    ranks = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR"}
+    ranks |= {"MASTER_PORT", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "ROLE_NAME"}
+    return {k: v for k, v in environment.items() if k not in ranks and not k.startswith("TORCHELASTIC_")}
+
+
+def _die_with_parent() -> NoReturn:
+    # returns when the parent's end of the pipe is closed; sys.stdin would hold a lock that the interpreter's end wants
+    os.read(0, 1)
+    os.killpg(0, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__", alter_sys=True)

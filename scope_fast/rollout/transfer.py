@@ -1,0 +1,75 @@
+"""Which backend carries the weights, and the trainer-side init object that makes vLLM use it.
+
+    shm   a file in shared memory: on CPU, and for an engine in the learner's own process     (ours, weight_sync.py)
+    ipc   two processes on the same GPU: handles of device memory                            (vLLM's)
+    nccl  an engine on GPUs of its own: broadcast from rank 0, on one machine or several      (vLLM's)
+
+ipc and nccl are held to the signatures of the installed vLLM by the tests; they were not run on a GPU.
+"""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+from scope_fast.rollout.weight_sync import ShmInit
+
+TRANSFERS = ("shm", "ipc", "nccl")
+
+
+def choose(on_gpu: bool, engine: str) -> tuple[str, str]:
+    """(backend, reason) for a learner on a GPU or not, and an engine in the same process, on the same GPU, or on GPUs
+    of its own: "same_process", "same_gpu", "own_gpus"."""
+    if engine not in ("same_process", "same_gpu", "own_gpus"):
+        raise ValueError(f"engine={engine!r}: expected same_process, same_gpu or own_gpus")
+    if not on_gpu:
+        return "shm", "the learner is on the CPU"
+    if engine == "same_process":
+        return "shm", "CUDA opens no handle in the process that made it: through host memory"
+    if engine == "same_gpu":
+        return "ipc", "learner and engine share a GPU"
+    return "nccl", "the engine has GPUs of its own"
+
+
+def trainer_init(
+    transfer: str, rank: int, bucket_bytes: int, *, address: str | None = None, num_workers: int | None = None
+) -> Any:
+    """The init object of a backend.
+
+    rank: of this process among those that share ONE engine; 0 sends.
+    address: nccl only: of this machine as the engine's workers reach it. num_workers: nccl only: of the engine.
+    """
+    if transfer not in TRANSFERS:
+        raise ValueError(f"transfer={transfer!r}: expected {', '.join(TRANSFERS)}")
+    if transfer == "shm":
+        return ShmInit(rank=rank, bucket_bytes=bucket_bytes)
+    if transfer == "ipc":
+        return _ipc_init(rank, bucket_bytes)
+    if address is None or num_workers is None:
+        raise ValueError("transfer='nccl': address and num_workers are needed")
+    return _nccl_init(rank, bucket_bytes, address, num_workers)
+
+
+def _ipc_init(rank: int, bucket_bytes: int) -> Any:
+    """Not run on a GPU. Packed: a tensor larger than the buffer is an error of vLLM's, naming its size."""
+    from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
+
+    return IPCTrainerInitInfo(rank=rank, packed=True, packed_buffer_size_bytes=bucket_bytes)
+
+
+def _nccl_init(rank: int, bucket_bytes: int, address: str, num_workers: int) -> Any:
+    """Not run on a GPU. vLLM's default of two buffers of 1 GiB would be taken from the KV cache and the learner."""
+    from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+
+    with socket.socket() as probe:  # the rendezvous is opened by rank 0, on this machine
+        probe.bind(("", 0))
+        port = probe.getsockname()[1]
+    return NCCLTrainerInitInfo(
+        rank=rank,
+        master_address=address,
+        master_port=port,
+        world_size=1 + num_workers,
+        packed=True,
+        packed_buffer_size_bytes=bucket_bytes,
+        packed_num_buffers=2,
+    )

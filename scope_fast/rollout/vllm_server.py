@@ -1,0 +1,352 @@
+"""Rollouts from a vLLM server: its own process, its own GPUs, tokens in and tokens out over HTTP.
+
+    POST /inference/v1/generate    one response per request, sampled with the request's seed    (--tokens-only)
+    POST /pause .. /resume         the weight sync's bracket                                    (VLLM_SERVER_DEV_MODE=1)
+
+The weights go through vLLM's native transfer API, over the same HTTP routes. vLLM is not imported in this process,
+unless the transfer backend is one of vLLM's own ("ipc", "nccl").
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import pickle
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from scope_fast.rollout import watch, weight_sync
+from scope_fast.rollout.base import (
+    EngineOptions,
+    ParamMeta,
+    Rollout,
+    Sampling,
+    WeightSource,
+    check_request,
+    check_version,
+    draw_seeds,
+    eos_token_ids,
+    joined_spans,
+)
+from scope_fast.rollout.server_process import Http, ServerDiedError, ServerProcess
+
+T = TypeVar("T")
+DEATH_S = 10.0  # a server whose engine died answers with an error first and ends within this time
+
+
+class HttpSyncClient:
+    """The four calls of vLLM's weight-sync protocol on a server.
+
+    vLLM's own senders finish without saying a version, so the engine leaves it here before it has them send.
+    """
+
+    def __init__(self, http: Http, timeout_s: float) -> None:
+        self._http, self._timeout_s = http, timeout_s
+        self.version: str | None = None
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self._http.post("init_weight_transfer_engine", {"init_info": init_info}, self._timeout_s)
+
+    def start_weight_update(self) -> None:
+        self._http.post("start_weight_update", None, self._timeout_s)
+
+    def update_weights(self, update_info: dict[str, Any] | list[dict[str, Any]]) -> None:
+        infos = update_info if isinstance(update_info, list) else [update_info]
+        sendable = [json_safe(info) for info in infos]
+        body = {"update_info": sendable if isinstance(update_info, list) else sendable[0]}
+        self._http.post("update_weights", body, self._timeout_s)
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        body = {"weight_version": self.version if weight_version is None else weight_version}
+        self._http.post("finish_weight_update", body, self._timeout_s)
+
+
+def json_safe(update_info: dict[str, Any]) -> dict[str, Any]:
+    """The handles of the "ipc" backend are no JSON; vLLM's workers take them pickled, if the server was told that they
+    may (`server_environment`)."""
+    if update_info.get("ipc_handles") is None:
+        return update_info
+    pickled = base64.b64encode(pickle.dumps(update_info["ipc_handles"])).decode()
+    return {k: v for k, v in update_info.items() if k != "ipc_handles"} | {"ipc_handles_pickled": pickled}
+
+
+class HostCopy:
+    """`WeightSource`: what another one yielded last, in host memory.
+
+    A server that dies is given these again. The learner's own weights would not do: of a sharded learner every rank
+    would have to gather once more, and a learner that works ahead of the rollouts has newer ones.
+    """
+
+    def __init__(self) -> None:
+        self._tensors: dict[str, torch.Tensor] = {}
+
+    def fill(self, source: WeightSource) -> None:
+        """Reads one whole pass; the memory of the last one is used again."""
+        for name, tensor in source:
+            held = self._tensors.get(name)
+            if held is None or held.shape != tensor.shape or held.dtype != tensor.dtype:
+                self._tensors[name] = tensor.detach().to("cpu", copy=True)
+            else:
+                held.copy_(tensor)
+
+    def metadata(self) -> list[ParamMeta]:
+        return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self._tensors.items()]
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return iter(self._tensors.items())
+
+
+class VllmServerEngine:
+    """`RolloutEngine` on a vLLM OpenAI server.
+
+    options.server_url None: a server is started from the model folder, on this machine, and ended by `close`. It is
+        restarted ONCE when it dies: the weights of the last sync are sent again and the interrupted call is repeated
+        with its seeds, so that the rollouts are an undisturbed run's (up to rounding: its batches may differ). Another
+        death raises ServerDiedError.
+    options.server_url: a server that runs already, from the same model folder, with `server_arguments` and the
+        environment of `server_process`; it is never restarted.
+    transfer: the trainer-side init object of a weight-transfer backend (transfer.py). Default: `ShmInit`.
+
+    Weights may be switched IN FLIGHT: `update_weights` may be called from another thread while `generate` runs.
+
+        pause, mode keep             running requests stop between two tokens and stay
+        start .. finish(version)     as in `weight_sync.ShmSender`
+        reset the prefix cache       running requests too: keys and values of the old weights are computed again
+        resume                       the rest of every response is drawn, exactly, by the new weights
+
+    `Rollout.weight_versions` says which tokens are whose.
+    """
+
+    def __init__(self, model_dir: str, options: EngineOptions | None = None, transfer: Any = None) -> None:
+        from transformers import AutoConfig
+
+        self._options = options or EngineOptions()
+        self._transfer = transfer or weight_sync.ShmInit(bucket_bytes=self._options.bucket_bytes)
+        self._model_dir = str(model_dir)
+        config = AutoConfig.from_pretrained(model_dir)
+        self._vocab = config.vocab_size
+        self._context = self._options.max_model_len or config.max_position_embeddings
+        self._stop_ids = eos_token_ids(self._model_dir)
+        self._seeds = random.Random(self._options.seed)
+        self._rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        self._weights = HostCopy()
+        self._sender: Any = None
+        self._version: int | None = 0
+        self._restarts_left = 0 if self._options.server_url else 1
+        self._process: ServerProcess | None = None
+        self._closed = False
+        self._folder = tempfile.TemporaryDirectory(prefix="scope_fast_server_")
+        self._connect()
+
+    @property
+    def version(self) -> int:
+        self._check_usable()
+        return self._version
+
+    @property
+    def pid(self) -> int | None:
+        """Of the server, if it was started here."""
+        return self._process.pid if self._process else None
+
+    def generate(
+        self, prompts: list[list[int]], n: int, sampling: Sampling, seeds: list[list[int]] | None = None
+    ) -> list[list[Rollout]]:
+        self._check_usable()
+        check_request(prompts, n, seeds, self._context, self._vocab)
+        if seeds is None:
+            seeds = draw_seeds(self._seeds, len(prompts), n)
+        bodies = [self._body(p, sampling, seed) for p, row in zip(prompts, seeds, strict=True) for seed in row]
+        rollouts = self._surviving(lambda: self._ask(bodies), "generate")
+        return [rollouts[i * n : (i + 1) * n] for i in range(len(prompts))]
+
+    def update_weights(self, weights: torch.nn.Module | WeightSource, version: int) -> None:
+        """The timelines are in the class's and in `weight_sync.ShmSender`'s docstring."""
+        check_version(version)
+        self._check_usable()
+        dtype = getattr(torch, self._options.dtype)
+        source = weight_sync.as_source(weights, dtype, self._options.bucket_bytes)
+        if self._transfer.is_sender:
+            self._weights.fill(source)
+        else:
+            for _ in source:  # a collective: the sender needs this rank's part
+                pass
+        self._version = None
+        self._surviving(lambda: self._send(version), "weight sync")
+        self._version = version
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        if self._sender is not None:
+            self._sender.shutdown()
+        if self._process is not None:
+            self._process.stop()
+        self._folder.cleanup()
+
+    def _check_usable(self) -> None:
+        if self._closed:
+            raise RuntimeError("the engine is closed")
+        if self._version is None:
+            raise RuntimeError("the last weight sync failed half-way: the engine's weights are neither old nor new")
+
+    def _connect(self) -> None:
+        """A server with the model folder's weights, called version 0."""
+        options = self._options
+        if options.server_url is None:
+            arguments = server_arguments(self._model_dir, options, self._transfer.backend)
+            log = Path(self._folder.name) / "server.log"
+            environment = server_environment(options, self._transfer.backend)
+            self._process = ServerProcess(arguments, environment, log, options.start_timeout_s)
+        self._http = Http(options.server_url or self._process.url)
+        self._inner_client = HttpSyncClient(self._http, options.sync_timeout_s)
+        self._client = watch.PhasedClient(self._inner_client, self._rank)
+        if self._transfer.is_sender:
+            self._http.post("update_weight_version", {"new_version": "0"}, options.sync_timeout_s)
+
+    def _surviving(self, call: Callable[[], T], what: str) -> T:
+        """The call's result; once in the engine's life over the death of its server."""
+        try:
+            return call()
+        except RuntimeError as error:
+            if not self._server_died():
+                raise
+            reason = self._process.last_words(5) if self._process else "it was not started here"
+            if self._restarts_left == 0:
+                raise ServerDiedError(
+                    f"vLLM server: died in {what}, no restart is left; the end of its log:\n{reason}"
+                ) from error
+            self._restarts_left -= 1
+            print(
+                f"vLLM server: died in {what}; starting another, its weights and the interrupted call follow. The end "
+                f"of its log:\n{reason}",
+                file=sys.stderr,
+                flush=True,
+            )
+        self._process.stop()
+        self._sender = None
+        self._connect()
+        if self._version:  # None: the interrupted call is the one that sends
+            self._send(self._version)
+        return call()
+
+    def _server_died(self) -> bool:
+        if self._process is not None:
+            return self._process.has_died(within_s=DEATH_S)
+        try:
+            self._http.get("health", timeout_s=DEATH_S)
+        except (RuntimeError, TimeoutError):
+            return True
+        return False
+
+    def _send(self, version: int) -> None:
+        """All weights into the server, between two tokens of what it is sampling."""
+        timeout_s = self._options.sync_timeout_s
+        if self._transfer.is_sender:
+            with watch.named_phase(self._rank, "pause"):
+                self._http.post("pause?mode=keep&clear_cache=false", None, timeout_s)
+            # vLLM's own senders wait in NCCL, which no timeout of ours reaches
+            with watch.watchdog(2 * timeout_s, self._rank, lambda: self._client.phase):
+                if self._sender is None:
+                    self._sender = self._make_sender()
+                self._inner_client.version = str(version)
+                self._sender.send_weights()
+        with watch.named_phase(self._rank, "version check"):
+            self._check_version(version)
+        if self._transfer.is_sender:
+            with watch.named_phase(self._rank, "reset and resume"):
+                answer = self._http.post("reset_prefix_cache?reset_running_requests=true", None, timeout_s)
+                if not answer["success"]:
+                    raise RuntimeError("vLLM did not reset its prefix cache")
+                self._http.post("resume", None, timeout_s)
+
+    def _check_version(self, version: int) -> None:
+        """The server reports the version, at once to the rank that sent it, in time to the others."""
+        deadline = time.monotonic() + self._options.sync_timeout_s
+        while True:
+            reported = self._http.get("weight_info", self._options.sync_timeout_s)["weight_version"]
+            if reported == str(version):
+                return
+            if self._transfer.is_sender or time.monotonic() > deadline:
+                raise RuntimeError(f"sent version {version}, the engine reports {reported!r}")
+            time.sleep(0.05)
+
+    def _make_sender(self) -> Any:
+        if self._transfer.backend == weight_sync.BACKEND:
+            return weight_sync.ShmSender.trainer_init(self._transfer, client=self._client, source=self._weights)
+        from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
+
+        return WeightTransferTrainerFactory.trainer_init(self._transfer, client=self._client, source=self._weights)
+
+    def _ask(self, bodies: list[dict[str, Any]]) -> list[Rollout]:
+        """More in flight than the server decodes at once would gain nothing."""
+        with ThreadPoolExecutor(min(len(bodies), self._options.max_num_seqs) or 1) as threads:
+            try:
+                return list(threads.map(self._one, bodies))
+            except BaseException:
+                threads.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _one(self, body: dict[str, Any]) -> Rollout:
+        answer = self._http.post("inference/v1/generate", body, self._options.generate_timeout_s)
+        return _rollout(body["token_ids"], answer["choices"][0])
+
+    def _body(self, prompt: list[int], sampling: Sampling, seed: int) -> dict[str, Any]:
+        return {
+            "token_ids": prompt,
+            "sampling_params": {
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                "max_tokens": min(sampling.max_tokens, self._context - len(prompt)),
+                "seed": seed,
+                "stop_token_ids": sorted({*self._stop_ids, *sampling.stop_token_ids}),
+                "ignore_eos": True,  # the stop ids above are the whole truth
+                "logprobs": 0,  # the sampled token's own
+                "detokenize": False,
+            },
+        }
+
+
+def server_arguments(model_dir: str, options: EngineOptions, backend: str) -> list[str]:
+    """What `python -m vllm.entrypoints.openai.api_server` must be given for this engine, but for host and port."""
+    arguments = ["--model", model_dir, "--tokens-only", "--dtype", options.dtype, "--seed", str(options.seed)]
+    arguments += ["--max-num-seqs", str(options.max_num_seqs), "--logprobs-mode", "processed_logprobs"]
+    arguments += ["--weight-transfer-config", json.dumps({"backend": backend})]
+    arguments += ["--disable-uvicorn-access-log"]
+    if options.max_model_len is not None:
+        arguments += ["--max-model-len", str(options.max_model_len)]
+    if backend == weight_sync.BACKEND:
+        arguments += ["--worker-extension-cls", "scope_fast.rollout.vllm_worker.WorkerExtension"]
+    if torch.cuda.is_available():
+        return [*arguments, "--gpu-memory-utilization", str(options.gpu_memory_utilization)]
+    # a prompt split over two passes makes vLLM rewind the request's generator, which CPU generators cannot do
+    tokens = max(options.max_model_len or 0, 8192)
+    arguments += ["--enforce-eager", "--no-enable-chunked-prefill", "--max-num-batched-tokens", str(tokens)]
+    return [*arguments, "--kv-cache-memory-bytes", str(options.kv_cache_bytes)]
+
+
+def server_environment(options: EngineOptions, backend: str) -> dict[str, str]:
+    """What else a server for this engine needs to find in its environment."""
+    threads = {} if options.num_threads is None else {"OMP_NUM_THREADS": str(options.num_threads)}
+    return threads | ({"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} if backend == "ipc" else {})
+
+
+def _rollout(prompt: list[int], choice: dict[str, Any]) -> Rollout:
+    """Checks what must hold of every response: one log-probability and one version of weights per token, a natural
+    end."""
+    token_ids, content = choice["token_ids"], choice["logprobs"]["content"]
+    if [entry["token_id"] for entry in content] != token_ids:
+        raise RuntimeError(f"vLLM returned {len(content)} log-probabilities for {len(token_ids)} tokens")
+    if choice["finish_reason"] not in ("stop", "length"):
+        raise RuntimeError(f"vLLM ended a response with {choice['finish_reason']!r}")
+    spans = joined_spans(((s["version"], s["start"], s["end"]) for s in choice["weight_versions"]), len(token_ids))
+    logprobs = [entry["logprob"] for entry in content]
+    return Rollout(list(prompt), token_ids, logprobs, choice["finish_reason"], spans[-1][0], spans)

@@ -1,0 +1,296 @@
+"""The engine over a vLLM server: HTTP that hangs or breaks on plain sockets, then one real server, used by all tests in
+the order of the file, synced, switched in flight, killed and brought back."""
+
+import contextlib
+import http.server
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import make, perturb, response_logprobs
+
+from scope_fast.rollout import EngineOptions, Sampling, make_engine, vllm_engine
+from scope_fast.rollout.base import joined_spans
+from scope_fast.rollout.server_process import Http, ServerDiedError, ServerProcess
+from scope_fast.rollout.vllm_engine import VllmEngine
+from scope_fast.rollout.vllm_server import HostCopy, VllmServerEngine, json_safe, server_environment
+from scope_fast.rollout.weight_sync import ModuleSource
+
+needs_vllm = pytest.mark.skipif(not vllm_engine.is_installed(), reason="vllm is not installed")
+GAP = 2e-5  # as in test_rollout.py
+CONTEXT = 512
+PROMPTS = [[5, 6, 7], [9], list(range(3, 203))]  # the last is longer than a block of the prefix cache
+OPTIONS = EngineOptions(max_model_len=CONTEXT, max_num_seqs=16, num_threads=1)
+
+
+class Answers(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        if self.path == "/hang":
+            self.server.released.wait(30)
+            return
+        if self.path == "/break":
+            self.connection.close()
+            return
+        body = b'{"path": "%s"}' % self.path.encode() if self.path != "/empty" else b""
+        self.send_response(500 if self.path == "/error" else 200)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_POST(self):
+        """A server that hangs in one phase of a weight sync."""
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.server.hangs_at and self.path.startswith(self.server.hangs_at):
+            self.server.released.wait(30)
+            return
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def http_server():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    server.released, server.hangs_at = threading.Event(), None
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    yield server
+    server.released.set()
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_http_says_what_went_wrong(http_server):
+    http = Http(http_server.url)
+    assert http.get("fine", 5.0) == {"path": "/fine"}
+    assert http.get("empty", 5.0) is None
+    with pytest.raises(RuntimeError, match=r"GET /error: status 500: \{\"path\": \"/error\"\}"):
+        http.get("error", 5.0)
+    with pytest.raises(TimeoutError, match=r"GET /hang: the server gave no answer within 0.2 s"):
+        http.get("hang", 0.2)
+    with pytest.raises(ServerDiedError, match="GET /break: RemoteDisconnected"):
+        http.get("break", 5.0)
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        with pytest.raises(ServerDiedError, match="POST /x: ConnectionRefusedError"):
+            Http(f"http://127.0.0.1:{unused.getsockname()[1]}").post("x", {}, 5.0)
+
+
+@pytest.mark.parametrize(
+    ("hangs_at", "phase"),
+    [
+        ("/pause", "pause"), ("/init", "init"), ("/start", "start"), ("/update_weights", "update of bucket 0"),
+        ("/finish", "finish"),
+    ],
+)  # fmt: skip
+def test_a_hanging_sync_names_rank_and_phase(hangs_at, phase, http_server, tmp_path):
+    model = make()
+    model.save_pretrained(tmp_path)
+    options = EngineOptions(sync_timeout_s=0.3, server_url=http_server.url)
+    engine = VllmServerEngine(str(tmp_path), options)
+    http_server.hangs_at = hangs_at
+    with pytest.raises(TimeoutError, match=f"weight sync: rank 0, {phase}: POST .* no answer within 0.3 s"):
+        engine.update_weights(model, 1)
+    with pytest.raises(RuntimeError, match="neither old nor new"):
+        engine.generate([[5]], 1, Sampling())
+    engine.close()
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "ftp://host", "http://"])
+def test_a_url_that_is_none(url):
+    with pytest.raises(ValueError, match="expected http://HOST:PORT"):
+        Http(url)
+
+
+def test_spans_cover_a_response_once():
+    assert joined_spans([("3", 0, 2), ("4", 2, 5)], 5) == ((3, 0, 2), (4, 2, 5))
+    for spans in ([("3", 0, 2)], [("3", 1, 5)], [("3", 0, 2), ("4", 3, 5)], [("default", 0, 5)], []):
+        with pytest.raises(RuntimeError, match="for 5 tokens"):
+            joined_spans(spans, 5)
+
+
+def test_a_host_copy_is_a_copy():
+    model, copy = make(tied=True), HostCopy()
+    copy.fill(ModuleSource(model))
+    before = dict(copy)
+    assert [meta.name for meta in copy.metadata()] == [name for name, _ in ModuleSource(model)]
+    kept = {name: tensor.clone() for name, tensor in copy}
+    perturb(model, seed=1)
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in copy)
+    copy.fill(ModuleSource(model))
+    assert all(torch.equal(tensor, dict(ModuleSource(model))[name]) for name, tensor in copy)
+    assert all(tensor is before[name] for name, tensor in copy)  # in the same memory
+
+
+@needs_vllm
+def test_ipc_handles_travel_as_vllm_takes_them(monkeypatch):
+    from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferUpdateInfo
+
+    environment = server_environment(EngineOptions(num_threads=2), "ipc")
+    assert environment == {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "OMP_NUM_THREADS": "2"}
+    assert server_environment(EngineOptions(), "shm") == {}
+    monkeypatch.setattr("vllm.envs.VLLM_ALLOW_INSECURE_SERIALIZATION", True, raising=False)  # read once a process
+    update = {"names": ["w"], "dtype_names": ["float32"], "shapes": [[2]], "tensor_sizes": [8]}
+    sent = json.loads(json.dumps(json_safe(update | {"ipc_handles": {"GPU-1": (b"handle", 3)}})))
+    assert IPCWeightTransferUpdateInfo(**sent).ipc_handles == {"GPU-1": (b"handle", 3)}
+    assert json_safe(update) is update
+
+
+@needs_vllm
+def test_a_server_that_cannot_start_says_why(tmp_path):
+    with pytest.raises(RuntimeError, match=r"(?s)ended with status 2 at its start:.*no-such-argument"):
+        ServerProcess(["--no-such-argument"], {}, tmp_path / "log", timeout_s=120.0)
+    with pytest.raises(TimeoutError, match=r"not up within 0\.5 s"):
+        ServerProcess([], {}, tmp_path / "log", timeout_s=0.5)
+
+
+# One real server from here on.
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make(tied=True)
+
+
+@pytest.fixture(scope="module")
+def engine(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("server") / "model"
+    model.save_pretrained(folder)
+    made = make_engine("vllm_server", str(folder), OPTIONS)
+    yield made
+    made.close()
+
+
+def one_by_one(engine):
+    """Greedy and sampled responses, a batch each, so that no neighbour changes the rounding."""
+    drawn = []
+    for i, prompt in enumerate(PROMPTS):
+        greedy = engine.generate([prompt], 1, Sampling(temperature=0.0, max_tokens=12))
+        sampled = engine.generate([prompt], 1, Sampling(max_tokens=12), [[i]])
+        drawn += [(r.token_ids, r.logprobs) for groups in (greedy, sampled) for r in groups[0]]
+    return drawn
+
+
+def gap(model, rollout, start=0, end=None):
+    """Largest difference to the learner's own log-probabilities over a range of the response."""
+    return float((torch.tensor(rollout.logprobs) - response_logprobs(model, rollout))[start:end].abs().max())
+
+
+def processes_of(group):
+    """Ids of the living processes of a group."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # gone meanwhile
+            state, _, process_group = stat.read_text().rsplit(")", 1)[1].split()[:3]
+            if int(process_group) == group and state != "Z":
+                found.append(int(stat.parent.name))
+    return found
+
+
+@needs_vllm
+def test_tokens_in_tokens_out(engine, model):
+    assert engine.version == 0
+    seeds = [[1, 2], [3, 4], [5, 6]]
+    groups = engine.generate(PROMPTS, 2, Sampling(max_tokens=12, stop_token_ids=tuple(range(100, 130))), seeds)
+    for prompt, group in zip(PROMPTS, groups, strict=True):
+        for r in group:
+            assert r.prompt_ids == prompt
+            assert gap(model, r) < GAP
+            assert (r.finish_reason == "stop") == (r.token_ids[-1] in (2, *range(100, 130)))
+            assert r.token_versions() == [0] * len(r.token_ids)
+        assert group[0].token_ids != group[1].token_ids
+    with pytest.raises(ValueError, match=r"prompts\[0\] has 512 tokens"):
+        engine.generate([[5] * CONTEXT], 1, Sampling())
+    with pytest.raises(ValueError, match="version=-1"):
+        engine.update_weights(model, -1)
+
+
+@needs_vllm
+def test_a_synced_server_equals_a_fresh_engine_bitwise(engine, model, tmp_path):
+    drawn = [one_by_one(engine)]  # fills the prefix cache with the first weights
+    for version in (1, 2):
+        perturb(model, seed=version)
+        engine.update_weights(model, version)
+        assert engine.version == version
+        drawn.append(one_by_one(engine))
+    assert len({str(d) for d in drawn}) == 3
+    model.save_pretrained(tmp_path / "export")
+    fresh = VllmEngine(str(tmp_path / "export"), OPTIONS)
+    assert one_by_one(fresh) == drawn[2]
+    fresh.close()
+
+
+@needs_vllm
+def test_weights_switched_in_flight(engine, model):
+    """Every token's log-probability is exactly that of the version the engine says drew it."""
+    old = make(tied=True)
+    old.load_state_dict(model.state_dict())
+    drawn, seeds = [], [[i] for i in range(12)]
+    sampling = Sampling(max_tokens=CONTEXT)
+    thread = threading.Thread(target=lambda: drawn.extend(engine.generate([[5, 6]] * 12, 1, sampling, seeds)))
+    thread.start()
+    time.sleep(0.4)
+    perturb(model, seed=3)
+    engine.update_weights(model, 3)
+    thread.join()
+    rollouts = [group[0] for group in drawn]
+    crossing = [r for r in rollouts if len(r.weight_versions) == 2]
+    assert crossing  # else the switch came before or after all of it
+    for r in crossing:
+        (first, _, switch), (second, _, end) = r.weight_versions
+        assert (first, second, end) == (2, 3, len(r.token_ids))
+        assert r.weight_version == 3
+        assert gap(old, r, 0, switch) < GAP
+        assert gap(model, r, switch) < GAP
+    switches = [(r, r.weight_versions[0][2]) for r in crossing]
+    assert max(gap(model, r, 0, switch) for r, switch in switches) > 0.01  # and not the other's
+    assert max(gap(old, r, switch) for r, switch in switches) > 0.1
+
+
+@needs_vllm
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="counts processes through /proc")
+def test_a_killed_server_comes_back_once(engine, model, capfd):
+    before, first = one_by_one(engine), engine.pid
+    sampling, seeds = Sampling(max_tokens=CONTEXT), [[i] for i in range(8)]
+    undisturbed = engine.generate([[5, 6]] * 8, 1, sampling, seeds)
+    drawn = []
+    thread = threading.Thread(target=lambda: drawn.extend(engine.generate([[5, 6]] * 8, 1, sampling, seeds)))
+    perturb(model, seed=9)  # the learner is ahead by now: it must not be asked again
+    thread.start()
+    time.sleep(0.3)
+    os.kill(first, signal.SIGKILL)
+    thread.join()
+    perturb(model, seed=9)
+    assert "vLLM server: died in generate; starting another" in capfd.readouterr().err
+    assert [r.token_ids for g in drawn for r in g] == [r.token_ids for g in undisturbed for r in g]
+    assert {r.weight_version for g in drawn for r in g} == {3} == {engine.version}
+    assert one_by_one(engine) == before
+    assert engine.pid != first
+    assert processes_of(first) == []
+
+    second = engine.pid
+    assert len(processes_of(second)) > 1
+    os.kill(second, signal.SIGKILL)
+    with pytest.raises(ServerDiedError, match="died in weight sync, no restart is left"):
+        engine.update_weights(model, 4)
+    with pytest.raises(RuntimeError, match="neither old nor new"):
+        engine.generate([[5]], 1, Sampling())
+    engine.close()
+    engine.close()
+    assert processes_of(second) == []
+    with pytest.raises(RuntimeError, match="the engine is closed"):
+        _ = engine.version
+
+
+def test_bad_options():
+    with pytest.raises(ValueError, match=r"sync_timeout_s=0\.0: expected more than 0"):
+        EngineOptions(sync_timeout_s=0.0)
