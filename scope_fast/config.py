@@ -72,7 +72,7 @@ class Data(_Section):
     answer_column: str | None = None
     choices_column: str | None = Field(None, description="options of multiple-choice questions")
     distractor_columns: list[str] = Field([], description="the wrong options, where the answer column is the right one")
-    instruction: str = Field("", description="a line added to every prompt, say how to write the answer")
+    instruction: str = Field("", description="a line added to every prompt; or a text around it, holding {prompt}")
     dedup: bool = Field(False, description="drop rows of a prompt that came before; they are counted in any case")
     min_prompt_tokens: Positive = 1
     max_prompt_tokens: Positive | None = Field(None, description="None: what rollout.context leaves")

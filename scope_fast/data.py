@@ -111,11 +111,11 @@ class Encoder:
 
 
 def instructed(prompt: str | list[dict[str, str]], instruction: str) -> str | list[dict[str, str]]:
-    """The prompt with a line added at its end; of chat messages, at the end of the last one."""
+    """The prompt with a line added at its end, or in the place of {prompt}; of chat messages, the last one's text."""
     if isinstance(prompt, str):
-        return f"{prompt}\n{instruction}"
+        return instruction.replace("{prompt}", prompt) if "{prompt}" in instruction else f"{prompt}\n{instruction}"
     *before, last = prompt
-    return [*before, {**last, "content": f"{last['content']}\n{instruction}"}]
+    return [*before, {**last, "content": instructed(last["content"], instruction)}]
 
 
 class PromptSource:

@@ -108,7 +108,7 @@ def failing(body, attempt, lasting):
     if way >= 5 or (attempt > 1 and not lasting):
         return 200, json.dumps(completion(f"reply {body['prompt'][1]}"))
     return [
-        (429, "slow down"), (500, "oops"), (200, json.dumps(completion())[:20]), (200, json.dumps({"choices": []})), None,
+        (429, "slow down"), (500, "oops"), (200, json.dumps(completion())[:20]), (200, '{"choices": []}'), None,
     ][way]  # fmt: skip
 
 
@@ -262,8 +262,8 @@ def vllm_server(tmp_path_factory):
     arguments = ["--model", str(folder), "--served-model-name", "m", "--port", str(port), "--host", "127.0.0.1"]
     log = open(folder / "log", "w")  # noqa: SIM115  the process owns it
     process = subprocess.Popen(
-        [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments, "--enforce-eager", "--dtype", "float32",
-         "--max-model-len", "256", "--api-key", KEY],
+        [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments, "--enforce-eager",
+         "--dtype", "float32", "--max-model-len", "256", "--api-key", KEY],
         env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
     try:
@@ -318,7 +318,8 @@ def test_a_real_server_goes_on_from_the_prefix(vllm_server, route, monkeypatch):
             ids = tokenizer.encode(f"user: 1 + 1?\n---\nassistant: {request.prefix}")
         truth = greedy(model, ids, 16, tokenizer.eos_token_id)
         assert isinstance(reply, Reply), reply
-        assert reply.text == tokenizer.decode(truth, skip_special_tokens=True)
+        text = tokenizer.decode(truth, skip_special_tokens=True)
+        assert reply.text.rstrip("\ufffd") == text.rstrip("\ufffd")  # vLLM holds a half character back at the end
         assert reply.finished is (truth[-1] == tokenizer.eos_token_id)
 
 
