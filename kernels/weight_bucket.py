@@ -27,9 +27,9 @@ def _copy_kernel(
         low = tl.where(before, middle, low)
         high = tl.where(before, high, middle)
     source = tl.load(table + low).to(tl.pointer_type(source_type))
-    target = tl.multiple_of(tl.load(table + num_tensors + low).to(tl.pointer_type(target_type)), 16)
+    target = tl.load(table + num_tensors + low).to(tl.pointer_type(target_type))
     if ALIGNED:
-        source = tl.multiple_of(source, 16)
+        source, target = tl.multiple_of(source, 16), tl.multiple_of(target, 16)
     first = (block - tl.load(table + 3 * num_tensors + low)) * BLOCK
     size = tl.load(table + 2 * num_tensors + low) - first
     at = tl.arange(0, BLOCK)
@@ -41,12 +41,13 @@ def _copy_kernel(
 
 
 def copy(sources: list[torch.Tensor], targets: list[torch.Tensor]) -> None:
-    """targets[i] (contiguous, 16-byte aligned, of sources[i]'s shape) = sources[i], cast; all on one device."""
+    """targets[i] (contiguous, of sources[i]'s shape) = sources[i], cast; all on one device."""
     groups: dict[tuple[torch.dtype, torch.dtype, bool], list[tuple[torch.Tensor, torch.Tensor]]] = {}
     for source, target in zip(sources, targets, strict=True):
         if target.numel():
             source = source.contiguous()
-            group = (source.dtype, target.dtype, source.data_ptr() % 16 == 0)
+            # a bucket may start in the middle of somebody's buffer
+            group = (source.dtype, target.dtype, (source.data_ptr() | target.data_ptr()) % 16 == 0)
             groups.setdefault(group, []).append((source, target))
     for (source_dtype, target_dtype, aligned), pairs in groups.items():
         rows, num_blocks = [], 0

@@ -54,6 +54,9 @@ class Model(_Section):
     """The student. path: a Hugging Face folder or hub name, or "tiny" for the warm-started embedded model."""
 
     path: str = "tiny"
+    config: dict[str, Any] | None = Field(
+        None, description="its configuration (model_type, hidden_size, ...), for the plan of a model that is not here"
+    )
     dtype: Literal["float32", "bfloat16"] = "float32"
 
 
@@ -91,6 +94,9 @@ class Rollout(_Section):
     max_tokens: Positive = 128
     context: Positive = Field(256, description="prompt and response together; longer prompts are skipped and counted")
     kv_cache_gib: float = Field(1.0, gt=0, description="vLLM's cache on CPU")
+    gpu_memory_utilization: float = Field(
+        0.4, gt=0, lt=1, description="vLLM's share of a GPU it shares with the learner"
+    )
     num_threads: Positive | None = Field(None, description="torch's threads while sampling on CPU; None: all")
 
 
@@ -263,9 +269,15 @@ class Logging(_Section):
 
 
 class Distributed(_Section):
-    """Several processes under torchrun. timeout_s: longest wait for another rank before the run ends with an error."""
+    """Several processes under torchrun.
+
+    timeout_s: longest wait for another rank before the run ends with an error.
+    gpus, gpu_memory_gib: what --dry-run plans for; None: no plan of memory.
+    """
 
     timeout_s: float = Field(1800.0, gt=0)
+    gpus: Positive | None = None
+    gpu_memory_gib: float = Field(80.0, gt=0)
 
 
 class Config(_Section):

@@ -20,7 +20,7 @@ from rich.console import Console
 from torch.distributed.elastic.multiprocessing.errors import record
 from transformers.utils.logging import disable_progress_bar
 
-from scope_fast import checkpoint, convert_gguf, distributed, sharding, warm_start
+from scope_fast import checkpoint, convert_gguf, distributed, plan, sharding, warm_start
 from scope_fast.config import Config, load, to_yaml
 from scope_fast.data import PromptSource
 from scope_fast.learner import Learner
@@ -56,11 +56,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(config: Config, resume: str, dry_run: bool) -> int:
     """The command's exit status: 0, or 2 with the message where what is asked for cannot be."""
-    if dry_run:
-        console.print(to_yaml(config), markup=False, end="")
-        console.print(plan(config), markup=False)
-        return 0
     try:
+        if dry_run:
+            console.print(to_yaml(config), markup=False, end="")
+            console.print(plan.describe(config), markup=False, soft_wrap=True)
+            return 0
         start = claim(config, resume)
         if finished(config, start):
             console.print(f"{config.run_dir} has finished its {config.steps} steps: nothing to do", markup=False)
@@ -114,18 +114,6 @@ def overrides(arguments: list[str]) -> list[tuple[str, str]]:
             value = rest.pop(0)
         pairs.append((key, value))
     return pairs
-
-
-def plan(config: Config) -> str:
-    """What a run would do, in a few lines."""
-    rollout, learner = config.rollout, config.learner
-    rollouts = rollout.prompts_per_step * rollout.group_size
-    return (
-        f"plan: {config.steps} steps of {config.method}, each {rollouts} rollouts "
-        f"({rollout.prompts_per_step} prompts x {rollout.group_size}) of at most {rollout.max_tokens} tokens, "
-        f"{learner.minibatches * learner.epochs} optimiser step(s), micro-batches of {learner.token_budget} tokens\n"
-        f"run directory: {config.run_dir}"
-    )
 
 
 def claim(config: Config, resume: str) -> Path | None:
@@ -254,6 +242,7 @@ def engine_options(config: Config) -> EngineOptions:
         seed=config.seed,
         num_threads=rollout.num_threads,
         kv_cache_bytes=int(rollout.kv_cache_gib * 2**30),
+        gpu_memory_utilization=rollout.gpu_memory_utilization,
     )
 
 

@@ -29,7 +29,7 @@ LEVELS = [
     },
     {"config", "ops", "answers", "checkpoint", "sharding"},
     {"losses", "scope", "rollout", "metrics", "math_answers", "sources", "suite"},
-    {"__init__", "learner", "teacher", "data", "records", "report", "scorecard"},
+    {"__init__", "learner", "teacher", "data", "records", "report", "scorecard", "plan"},
     {"prm"},
     {"trainer", "warm_start", "integrations", "teacher_endpoint"},
     {"train"},

@@ -132,6 +132,51 @@ def test_target_out_of_range_is_nan_not_a_neighbour(place, chunk_tokens):
 
 
 @on_places
+@pytest.mark.parametrize("chunk_tokens", [None, 0])
+def test_ignored_rows_under_a_mask_have_no_gradient(place, chunk_tokens):
+    """Targets of -100 that the caller masks: the gradients are those of the other rows alone, and finite."""
+    case64 = make_case(T=9, bias=True)
+    keep = torch.arange(9) % 3 != 0
+    masked = case64.with_streams(target=torch.where(keep, case64.streams.target, -100)).to(place.fine, place.device)
+    kept = case64.to(place.fine, place.device)
+    ours = run(masked, place, chunk_tokens=chunk_tokens).logprob
+    theirs = run(kept, place, chunk_tokens=chunk_tokens).logprob
+    on, zero = keep.to(place.device), ours.new_zeros(())
+    for a, b in zip(
+        gradients(torch.where(on, ours, zero).sum(), masked), gradients((theirs * on).sum(), kept), strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+@on_places
+def test_non_contiguous_inputs(place):
+    plain = make_case(T=10, D=8, V=12).to(place.fine, place.device)
+    wide = torch.zeros(20, 16, dtype=place.fine, device=place.device)
+    wide[::2, ::2] = plain.hidden.detach()
+    target = torch.stack((plain.streams.target, plain.streams.target), 1)[:, 0]
+    strided = Case(
+        wide[::2, ::2].requires_grad_(), plain.weight.detach().T.contiguous().T.requires_grad_(), None, plain.streams
+    ).with_streams(target=target)
+    assert not any(x.is_contiguous() for x in (strided.hidden, strided.weight, target))
+    ours, theirs = run(strided, place), run(plain, place)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+    for a, b in zip(gradients(weighted(ours), strided), gradients(weighted(theirs), plain), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@on_places
+@pytest.mark.parametrize("chunk_tokens", [None, 0])
+def test_deterministic_bit_for_bit(place, chunk_tokens):
+    case = make_case(T=50, V=300).to(torch.bfloat16, place.device)
+    runs = []
+    for _ in range(2):
+        out = run(case, place, chunk_tokens=chunk_tokens)
+        runs.append([*out, *gradients(weighted(out), case)])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@on_places
 def test_empty(place):
     case = make_case(T=0, bias=True).to(place.fine, place.device)
     out = run(case, place)

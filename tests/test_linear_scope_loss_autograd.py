@@ -56,6 +56,31 @@ def test_gradient_accumulates_over_shared_weight(place):
 
 
 @on_places
+def test_gradients_never_share_what_is_saved(place):
+    """A factor of 1 may hand out the saved gradient itself: sums must not be made in it, nor go unnoticed."""
+    case = make_case().to(place.fine, place.device)
+    loss, _ = run(case, place=place)
+    expected = [gradient.clone() for gradient in torch.autograd.grad(loss, case.leaves(), retain_graph=True)]
+    for times in (1, 2, 3):
+        loss.backward(retain_graph=True)
+        for leaf, gradient in zip(case.leaves(), expected, strict=True):
+            torch.testing.assert_close(leaf.grad, times * gradient)
+    other, _ = run(case, place=place)
+    for sums, gradient in zip(
+        torch.autograd.grad(loss + other, case.leaves(), retain_graph=True), expected, strict=True
+    ):
+        torch.testing.assert_close(sums, 2 * gradient)
+    first = torch.autograd.grad(loss, case.leaves(), retain_graph=True)
+    first[0].mul_(5.0)
+    try:
+        second = torch.autograd.grad(loss, case.leaves())
+    except RuntimeError as error:
+        assert "modified by an inplace operation" in str(error)
+    else:
+        assert torch.equal(second[0], expected[0])
+
+
+@on_places
 @pytest.mark.parametrize("frozen", ["hidden", "weight", "bias"])
 def test_frozen_inputs_get_no_gradient(place, frozen):
     case = make_case(bias=True).to(place.fine, place.device)

@@ -9,7 +9,7 @@ import torch.multiprocessing as mp
 from opcases import Case, make_case
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
-from scope_fast import LossOptions, TokenStreams, linear_scope_loss
+from scope_fast import LossOptions, TokenStreams, linear_logprob, linear_scope_loss
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 T, RANKS = 12, 2
@@ -34,6 +34,13 @@ def run_rank(rank: int, port: int) -> None:
     whole, _ = linear_scope_loss(case.hidden, case.weight, case.streams, LossOptions(), backend="reference")
     dhidden, dweight = torch.autograd.grad(whole, case.leaves())
     rows = slice(0, 3) if rank == 0 else slice(3, T)
+    torch.testing.assert_close(hidden.grad, dhidden[rows])
+    torch.testing.assert_close(weight.grad.full_tensor(), dweight)
+
+    hidden.grad = weight.grad = None
+    linear_logprob(hidden, weight, streams.target, backend="reference").logprob.square().sum().backward()
+    whole = linear_logprob(case.hidden, case.weight, case.streams.target, backend="reference").logprob.square().sum()
+    dhidden, dweight = torch.autograd.grad(whole, case.leaves())
     torch.testing.assert_close(hidden.grad, dhidden[rows])
     torch.testing.assert_close(weight.grad.full_tensor(), dweight)
     dist.destroy_process_group()

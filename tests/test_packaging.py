@@ -134,13 +134,14 @@ def test_sdist_carries_the_native_sources(tmp_path, copy):
     """csrc is left out of `copy` for speed, so here with a stand-in: MANIFEST.in must pick it up."""
     source = tmp_path / "source"
     shutil.copytree(copy, source, symlinks=True)
-    for name in ("ops.cpp", "cpu/x.cpp", "cuda/x.cu", "rows.h"):
+    for name in ("ops.cpp", "cpu/x.cpp", "cuda/x.cu", "cuda/x.cuh", "rows.h"):
         (source / "csrc" / name).parent.mkdir(parents=True, exist_ok=True)
         (source / "csrc" / name).write_text("// not compiled here\n")
     archive = build("build_sdist", source, tmp_path / "sdist")
     with tarfile.open(archive) as tar:
         inside = {name.partition("/")[2] for name in tar.getnames()}
-    assert {"csrc/ops.cpp", "csrc/cpu/x.cpp", "csrc/cuda/x.cu", "csrc/rows.h", "install.py", "Makefile"} <= inside
+    assert {f"csrc/{name}" for name in ("ops.cpp", "cpu/x.cpp", "cuda/x.cu", "cuda/x.cuh", "rows.h")} <= inside
+    assert {"install.py", "Makefile", "tests/cuda_on_cpu/cuda/launch.cuh", "tests/cuda_on_cpu/kernels.cpp"} <= inside
 
 
 def test_hugging_faces_kernels_is_not_shadowed(tmp_path):

@@ -124,7 +124,7 @@ def test_garbage_never_leaks(place, options):
     logprob, entropy, streams = make_rows(dtype=place.fine, device=place.device)
     s, rl, idle = streams, streams.segment == 1, streams.segment == 0
     dirty = TokenStreams(
-        s.target,
+        torch.where(idle, -100, s.target),
         s.segment,
         torch.where(idle, math.nan, s.loss_weight),
         **{
@@ -139,6 +139,34 @@ def test_garbage_never_leaks(place, options):
     assert all(torch.equal(metrics[k], clean_metrics[k]) for k in METRIC_NAMES)
     for a, b in zip(grads_of(loss, *spoiled), grads_of(clean_loss, logprob, entropy), strict=True):
         assert torch.equal(a, b)
+
+
+@on_places
+def test_non_contiguous_inputs(place):
+    logprob, entropy, s = make_rows(dtype=place.fine, device=place.device)
+    options = LossOptions(entropy_coef=0.1, kl="k3", kl_coef=0.1)
+
+    def spread(x):
+        return None if x is None else torch.stack((x.detach(), x.detach()), 1)[:, 0]
+
+    leaves = [spread(x).requires_grad_() for x in (logprob, entropy)]
+    strided = TokenStreams(**{name: spread(x) for name, x in vars(s).items()})
+    assert not leaves[0].is_contiguous() and not strided.advantage.is_contiguous()
+    ours, _ = scope_loss(leaves[0], strided, options, entropy=leaves[1], backend=place.backend)
+    theirs, _ = scope_loss(logprob, s, options, entropy=entropy, backend=place.backend)
+    assert torch.equal(ours, theirs)
+    for a, b in zip(grads_of(ours, *leaves), grads_of(theirs, logprob, entropy), strict=True):
+        assert torch.equal(a, b)
+
+
+@on_places
+def test_deterministic_bit_for_bit(place):
+    logprob, entropy, s = make_rows(3000, dtype=place.fine, device=place.device)
+    runs = []
+    for _ in range(2):
+        loss, metrics = scope_loss(logprob, s, LossOptions(entropy_coef=0.1), entropy=entropy, backend=place.backend)
+        runs.append([loss, *metrics.values(), *grads_of(loss, logprob, entropy)])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 @all_options

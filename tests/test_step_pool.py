@@ -7,9 +7,10 @@ import torch
 from opcases import Place, places
 
 from scope_fast import PrmHead, step_pool
+from scope_fast.ops import dispatch
 from scope_fast.ops.step_pool import step_pool_op
 
-on_places = places()
+on_places = places(cuda="step_pool")
 REFERENCE = Place("reference")
 
 
@@ -78,6 +79,8 @@ def test_every_head(place):
         "sigmoid": (PrmHead(w[:1], b[:1]), (x @ w[0] + b[0]).sigmoid()),
         "lm_head": (PrmHead.from_lm_head(lm, 7, 22), (x @ lm[[7, 22]].T).softmax(1)[:, 1]),
     }
+    if place.backend == "cuda":  # refused by name, below
+        cases = {name: case for name, case in cases.items() if "mlp" not in name}
     for name, (head, truth) in cases.items():
         for dtype in (torch.float32, torch.bfloat16):
             parts = {k: v.to(place.device, dtype) if isinstance(v, torch.Tensor) else v for k, v in vars(head).items()}
@@ -130,6 +133,30 @@ def test_opcheck(place):
     index = torch.tensor([0, 2], device=place.device)
     args = (hidden, index, torch.tensor([0, 1, 2], device=place.device), head.weight, head.bias, None, None, 1, 0.5)
     torch.library.opcheck(step_pool_op, (*args, place.backend))
+
+
+@on_places
+def test_compile_fullgraph(place):
+    head = PrmHead(torch.eye(2, device=place.device), torch.zeros(2, device=place.device))
+    hidden = torch.randn(5, 2, device=place.device, generator=torch.Generator(place.device).manual_seed(0))
+    index, cu_steps = (torch.tensor(x, device=place.device) for x in ([0, 2, 4], [0, 1, 3]))
+
+    def verdicts(hidden):
+        return step_pool(2 * hidden, head, index, cu_steps, backend=place.backend)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(verdicts, fullgraph=True, backend="aot_eager")
+    assert all(torch.equal(a, b) for a, b in zip(compiled(hidden), verdicts(hidden), strict=True))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_an_mlp_head_is_not_for_the_cuda_backend(device):
+    """Asked for by name it raises, and says so; chosen by device it is never cuda."""
+    with pytest.raises(RuntimeError, match=r"step_pool_mlp: backend='cuda' is unavailable .*has no cuda kernel"):
+        head = PrmHead(torch.eye(2, device=device), None, torch.eye(2, device=device))
+        index = torch.tensor([0, 1], device=device)
+        step_pool(torch.ones(1, 2, device=device), head, index[:1], index, backend="cuda")
+    assert dispatch.resolve("step_pool_mlp", dispatch.AUTO, device) in ("triton", "reference")
 
 
 def test_inference_only():

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from opcases import Case, gradients, make_case, places
 
-from scope_fast import LossOptions, PrmHead, linear_logprob, linear_scope_loss, scope_loss, step_pool
+from scope_fast import LossOptions, PrmHead, linear_logprob, linear_scope_loss, scope_loss, step_pool, weight_bucket
 
 quick = settings(max_examples=10, deadline=None, derandomize=True)
 
@@ -99,7 +99,7 @@ def test_fuzz_scope_loss(place, case, options):
         close_to(a, b, torch.float32)
 
 
-@places(reference=False)
+@places(reference=False, cuda="step_pool")
 @given(
     counts=st.lists(st.integers(0, 70), max_size=6),
     dims=st.tuples(st.integers(1, 40), st.integers(1, 70), st.sampled_from([1, 2]), st.booleans()),
@@ -109,6 +109,7 @@ def test_fuzz_scope_loss(place, case, options):
 @quick
 def test_fuzz_step_pool(place, counts, dims, dtype, seed):
     D, M, C, mlp = dims
+    mlp = mlp and place.backend != "cuda"
     r = torch.Generator().manual_seed(seed)
     S, T = sum(counts), 50
     hidden, end = torch.randn(T, D, generator=r).to(dtype), torch.randint(0, T, (S,), generator=r)
@@ -125,3 +126,28 @@ def test_fuzz_step_pool(place, counts, dims, dtype, seed):
         torch.testing.assert_close(a.cpu(), b, rtol=1e-4, atol=1e-5)
     sure = (true.prob - 0.5).abs().min() > 1e-4 if S else True
     assert not sure or torch.equal(ours.first_error.cpu(), true.first_error)
+
+
+@places("weight_bucket_copy", reference=False, cuda="weight_bucket_copy")
+@given(
+    shapes=st.lists(st.lists(st.integers(0, 90), max_size=3), max_size=6),
+    source=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8]),
+    wire=st.sampled_from([None, torch.float32, torch.bfloat16, torch.float16]),
+    transposed=st.booleans(),
+    first=st.sampled_from([0, 8, 16, 24]),
+    seed=st.integers(0, 99),
+)
+@quick
+def test_fuzz_weight_bucket(place, shapes, source, wire, transposed, first, seed):
+    r = torch.Generator().manual_seed(seed)
+    tensors = [(100 * torch.randn(shape, generator=r)).abs().to(source).to(place.device) for shape in shapes]
+    if transposed:
+        tensors = [x.permute(*reversed(range(x.dim()))) for x in tensors]
+    _, size_bytes = weight_bucket.layout(tensors, wire)
+    buckets = []
+    for backend in (place.backend, "reference"):
+        whole = torch.full((first + size_bytes + 8,), 255, dtype=torch.uint8, device=place.device)
+        buffer, _ = weight_bucket.pack(tensors, wire, out=whole[first:], backend=backend)
+        assert buffer.data_ptr() == whole.data_ptr() + first
+        buckets.append(whole)
+    assert torch.equal(*buckets)

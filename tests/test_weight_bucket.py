@@ -7,7 +7,7 @@ from opcases import places
 from scope_fast import weight_bucket
 from scope_fast.ops.weight_bucket import ALIGNMENT_BYTES, weight_bucket_pack_op
 
-on_places = places("weight_bucket_copy")
+on_places = places("weight_bucket_copy", cuda="weight_bucket_copy")
 
 
 def make_tensors(device="cpu"):
@@ -55,6 +55,19 @@ def test_equal_tensors_make_equal_bytes_in_a_dirty_buffer(place):
     assert torch.equal(fresh, again) and table == same_table
     assert again.data_ptr() == dirty.data_ptr()
     assert dirty[fresh.numel() :].eq(255).all()
+
+
+@on_places
+def test_a_bucket_in_the_middle_of_a_buffer(place):
+    """Starts on no vector's boundary, so nothing may be moved 16 bytes at a time; the bytes around it stay."""
+    tensors = [torch.arange(9000.0, device=place.device), torch.arange(7.0, device=place.device)]
+    _, size_bytes = weight_bucket.layout(tensors)
+    whole = torch.full((size_bytes + 8,), 255, dtype=torch.uint8, device=place.device)
+    bucket, table = weight_bucket.pack(tensors, out=whole[4:-4], backend=place.backend)
+    assert bucket.data_ptr() % 16 == 4
+    for tensor, back in zip(tensors, weight_bucket.unpack(bucket, table), strict=True):
+        assert torch.equal(back, tensor)
+    assert whole[:4].eq(255).all() and whole[-4:].eq(255).all()
 
 
 @on_places

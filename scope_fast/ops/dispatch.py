@@ -30,9 +30,12 @@ _NATIVE = {
     "linear_scope_loss": {"cpu": ("linear_scope_loss",)},
     "scope_loss": {"cpu": ()},
     "step_pool": {"cpu": (), "cuda": ("step_pool",)},
+    "step_pool_mlp": {"cpu": ()},  # the head with a hidden layer is a matmul: Triton's, not csrc/cuda's
     "weight_bucket": {"cpu": ("weight_bucket_copy",), "cuda": ("weight_bucket_copy",)},
 }
-_TRITON = ("linear_logprob", "linear_scope_loss", "scope_loss", "step_pool", "weight_bucket")
+# the module of kernels/ that serves a stem
+_TRITON = {stem: stem for stem in ("linear_logprob", "linear_scope_loss", "scope_loss", "step_pool", "weight_bucket")}
+_TRITON["step_pool_mlp"] = "step_pool"
 
 
 @functools.cache
@@ -90,8 +93,8 @@ def _missing_triton(stem: str, device_type: str) -> str:
         return f"{stem} has no triton kernel"
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
-    if importlib.util.find_spec(f"scope_fast.kernels.{stem}") is None:
-        return f"scope_fast/kernels/{stem}.py is not in this installation"
+    if importlib.util.find_spec(f"scope_fast.kernels.{_TRITON[stem]}") is None:
+        return f"scope_fast/kernels/{_TRITON[stem]}.py is not in this installation"
     if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "Triton runs CPU tensors only under TRITON_INTERPRET=1"
     if device_type not in ("cpu", "cuda"):

@@ -90,12 +90,25 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad_loss, *_):
     checks.refuse_second_derivative(STEM)
-    # new tensors, never in place: a second backward over the same graph must find the saved gradients unscaled
     gradients = [
-        saved * grad_loss.to(saved.dtype) if need and grad_loss is not None else None
+        _scaled(saved, grad_loss) if need and grad_loss is not None else None
         for saved, need in zip(ctx.saved_tensors, ctx.needs, strict=True)
     ]
     return *gradients, *(None for _ in range(16))
+
+
+def _scaled(saved: Tensor, grad_loss: Tensor) -> Tensor:
+    """saved * grad_loss as a new tensor: a second backward over the same graph must find the saved gradients unscaled.
+
+    `loss.backward()` starts with a factor of exactly 1. On a CPU, where looking at it waits for nothing, the saved
+    gradient itself is then the result: another (V, D) of fresh pages costs 5 % of the call (V 32000, D 512, float32).
+    Autograd clones what it would add to while something else holds it, and a caller's own in-place change is noticed
+    by the version that a second backward finds.
+    """
+    plain = type(grad_loss) is Tensor and grad_loss.device.type == "cpu" and not torch.compiler.is_compiling()
+    if plain and grad_loss.item() == 1.0:
+        return saved
+    return saved * grad_loss.to(saved.dtype)
 
 
 linear_scope_loss_op.register_autograd(_backward, setup_context=_setup_context)

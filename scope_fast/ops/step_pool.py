@@ -17,7 +17,7 @@ from torch import Tensor
 
 from scope_fast.ops import checks, dispatch, reference
 
-STEM = "step_pool"
+STEM, STEM_MLP = "step_pool", "step_pool_mlp"
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,7 @@ def step_pool(
     step_end (S,) int64: the row of hidden that scores each step. cu_steps (R+1,) int64: rollout i owns the steps
     cu_steps[i]:cu_steps[i+1]; it ascends from 0 to S. A rollout without steps has first_error 0 and pools 0.
     A NaN probability counts as an error and shows as NaN in the pools. Inference only: nothing is differentiated.
+    backend="cuda" takes heads without a hidden layer.
 
     Raises ValueError for shapes and dtypes that disagree; check=True checks offsets and boundaries too (a host sync).
     """
@@ -134,7 +135,7 @@ def step_pool_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(prob, first_error, min, mean, prod, last)."""
-    backend = dispatch.resolve(STEM, backend, hidden.device.type)
+    backend = dispatch.resolve(STEM if hidden_weight is None else STEM_MLP, backend, hidden.device.type)
     head = (weight, bias, hidden_weight, hidden_bias)
     with dispatch.body(hidden):
         if backend == "triton":
