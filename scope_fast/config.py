@@ -76,6 +76,7 @@ class Data(_Section):
     choices_column: str | None = Field(None, description="options of multiple-choice questions")
     distractor_columns: list[str] = Field([], description="the wrong options, where the answer column is the right one")
     instruction: str = Field("", description="a line added to every prompt, say how to write the answer")
+    examples: list[tuple[str, str]] = Field([], description="worked examples, earlier turns of every prompt's chat")
     dedup: bool = Field(False, description="drop rows of a prompt that came before; they are counted in any case")
     min_prompt_tokens: Positive = 1
     max_prompt_tokens: Positive | None = Field(None, description="None: what rollout.context leaves")
@@ -186,6 +187,9 @@ class Scope(_Section):
         0.5, description=f"only groups with a success rate below this are repaired (as AMPO); {OURS}"
     )
     length_penalty: bool = Field(True, description=f"alpha and beta, exp(-z^2/2) of the lengths; False: both 1; {OURS}")
+    step_separator: str = Field(
+        "\n", min_length=1, description='ends a step, with the white space behind it; "\\n\\n": blank lines, as Qwen'
+    )
     selection: Literal["score", "random"] = Field("score", description="random: the ablation of the score")
 
 

@@ -48,7 +48,7 @@ def bundled() -> Path:
 def convert(source: Path, folder: Path) -> None:
     """Model, tokenizer, chat template and generation configuration of a GGUF file into `folder`, which appears whole or
     not at all. Raises ImportError naming the extra without gguf or accelerate, FileNotFoundError without `source`,
-    ValueError for a file without end-of-sequence token or chat template, or whose tokenizer is not read back alike.
+    ValueError for a file without an end-of-sequence token or a chat template, or whose tokenizer reads back otherwise.
     """
     missing = [name for name in ("gguf", "accelerate") if find_spec(name) is None]
     if missing:

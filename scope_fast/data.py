@@ -12,6 +12,7 @@ from scope_fast.sources import read_rows
 from scope_fast.tasks import TASKS, dataset, get_task
 
 TRAIN_SEEDS_APART = 1_000_000  # reasoning-gym draws entry i from seed + i: ranges of seeds must not overlap
+ROLES = ("user", "assistant")
 HELDOUT_SEED = 1 << 60  # beyond every run's and every warm start's
 
 
@@ -86,18 +87,23 @@ class Table:
 
 
 class Encoder:
-    """Rows into prompts of token ids, `data.instruction` added. counts: rows passed over since they were last cleared,
-    data/skipped_long (no room in the context, or over the limit) and data/skipped_short (no token, or under it)."""
+    """Rows into prompts of token ids, `data.examples` and `data.instruction` added.
+
+    counts: rows passed over since they were last cleared, data/skipped_long (no room in the context, or over the limit)
+    and data/skipped_short (no token, or under it).
+    """
 
     def __init__(self, config: Config, tokenizer) -> None:
         data, longest = config.data, config.rollout.context - 1
-        self._tokenizer, self._instruction = tokenizer, data.instruction
+        self._tokenizer, self._instruction, self._examples = tokenizer, data.instruction, data.examples
         self._least, self._most = data.min_prompt_tokens, min(data.max_prompt_tokens or longest, longest)
         self.counts: Counter[str] = Counter()
 
     def __call__(self, row: dict[str, Any]) -> Prompt | None:
         """None for a row that is passed over."""
         prompt = instructed(row["prompt"], self._instruction) if self._instruction else row["prompt"]
+        if self._examples:
+            prompt = shown(prompt, self._examples)
         ids = encode_prompt(self._tokenizer, prompt)
         if len(ids) < self._least:
             self.counts["data/skipped_short"] += 1
@@ -116,6 +122,14 @@ def instructed(prompt: str | list[dict[str, str]], instruction: str) -> str | li
         return f"{prompt}\n{instruction}"
     *before, last = prompt
     return [*before, {**last, "content": f"{last['content']}\n{instruction}"}]
+
+
+def shown(prompt: str | list[dict[str, str]], examples: list[tuple[str, str]]) -> list[dict[str, str]]:
+    """Chat messages: worked examples as earlier turns, behind a system message where there is one, then the prompt."""
+    turns = [{"role": role, "content": text} for pair in examples for role, text in zip(ROLES, pair, strict=True)]
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    lead = [message for message in messages[:1] if message["role"] == "system"]
+    return [*lead, *turns, *messages[len(lead) :]]
 
 
 class PromptSource:

@@ -257,7 +257,8 @@ class Evaluator:
         members = [t for t in failed if self.prm is not None or t.prompt.task in TASKS]
         token_bytes = TokenBytes(self.tokenizer) if members else None
         for t in members:
-            t.steps = split_steps(token_bytes(t.token_ids), trailing_eos=t.finish_reason == "stop")
+            separator = self.config.scope.step_separator.encode()
+            t.steps = split_steps(token_bytes(t.token_ids), separator, t.finish_reason == "stop")
         members = [t for t in members if t.steps]
         invalid = 0
         for trajectory, probs in zip(members, scorer(members), strict=True):

@@ -38,7 +38,7 @@ def read_rows(data: Data) -> tuple[list[Row], int]:
     Raises ValueError naming file and row (a line from 1 on, path:3, or an index from 0 on, path[2]) for one without a
     prompt or an answer; ImportError where `datasets` is needed and missing; what `datasets` raises, as it is.
     """
-    stem, task, raws = _open(data)
+    stem, task, raws = open_rows(data)
     columns: tuple[str, str] | None = None
     rows, seen, duplicates = [], set[str](), 0
     for number, where, raw in raws:
@@ -52,7 +52,7 @@ def read_rows(data: Data) -> tuple[list[Row], int]:
     return rows, duplicates
 
 
-def _open(data: Data) -> tuple[str, str, Numbered]:
+def open_rows(data: Data) -> tuple[str, str, Numbered]:
     """(the first half of the ids, the task of rows that name none, the raw rows)."""
     path = Path(data.path)
     if path.suffix == ".jsonl":

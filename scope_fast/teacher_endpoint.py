@@ -64,7 +64,7 @@ class EndpointTeacher:
         return counts
 
     def body(self, request: Request, index: int = 0) -> dict[str, Any]:
-        """What is sent. The seed is left out where nothing is drawn: the cache then finds the same question again."""
+        """What is sent. No seed where nothing is drawn, so that the cache finds the same question again."""
         body: dict[str, Any] = {
             "model": self._server.model,
             "max_tokens": self._config.max_tokens,

@@ -103,7 +103,9 @@ class Trainer:
         trajectory = Trajectory(
             prompt, group, sample, ids, rollout.logprobs, rollout.finish_reason, rollout.weight_version,
             text=self.tokenizer.decode(ids, skip_special_tokens=True),
-            steps=split_steps(self.token_bytes(ids), trailing_eos=rollout.finish_reason == "stop"),
+            steps=split_steps(
+                self.token_bytes(ids), self.config.scope.step_separator.encode(), rollout.finish_reason == "stop"
+            ),
         )  # fmt: skip
         self.counts["scope/empty"] += not trajectory.steps
         return trajectory

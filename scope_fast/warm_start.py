@@ -28,6 +28,8 @@ from scope_fast.batch import LossOptions, Segment, TrainSequence, bins, pack
 from scope_fast.data import encode_prompt
 from scope_fast.learner import hidden_rows
 from scope_fast.losses import linear_scope_loss
+from scope_fast.prm.formats import Encoded
+from scope_fast.prm.train import row_logits
 from scope_fast.progress import progress_bars
 from scope_fast.tasks import Entry, Task, dataset, get_task, slipping
 
@@ -282,17 +284,10 @@ def label_tokens(tokenizer, task: Task, entry: Entry, lines: list[str]) -> Label
 
 def _classification_loss(model: nn.Module, group: list[Labelled], num_ends: int, num_others: int) -> Tensor:
     """Cross entropy, the step ends and the other tokens each counting for half."""
-    ids, positions, where = [], [], []
-    for example in group:
-        where += [len(ids) + index for index in example.where]
-        ids += example.ids
-        positions += range(len(example.ids))
     right = torch.tensor([label for example in group for label in example.right])
     is_end = torch.tensor([end for example in group for end in example.is_end])
-    hidden = model.model(
-        input_ids=torch.tensor([ids]), position_ids=torch.tensor([positions]), attention_mask=None, use_cache=False
-    ).last_hidden_state[0]
-    losses = nn.functional.cross_entropy(model.score(hidden[torch.tensor(where)]), right, reduction="none")
+    logits = row_logits(model, [Encoded(example.ids, example.where) for example in group])
+    losses = nn.functional.cross_entropy(logits, right, reduction="none")
     return (losses * torch.where(is_end, 0.5 / num_ends, 0.5 / num_others)).sum()
 
 

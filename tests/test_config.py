@@ -160,3 +160,21 @@ def test_a_digest_names_settings():
 def test_a_configuration_is_frozen():
     with pytest.raises(ValidationError, match="frozen"):
         Config().loss.clip_low = 0.3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([("prm.kind", "rlhflow")], "prm: path: kind rlhflow needs a Hugging Face folder or hub name"),
+        (
+            [("prm.kind", "math-shepherd"), ("prm.path", "x"), ("prm.engine", "vllm")],
+            "prm: engine: vllm pools the steps of qwen2.5-math-prm alone, not of math-shepherd",
+        ),
+        ([("teacher.kind", "endpoint")], "teacher: endpoint: kind endpoint needs endpoint.url and endpoint.model"),
+        ([("prm.kind", "rlhflo")], "did you mean rlhflow?"),
+    ],
+)
+def test_roles_that_lack_what_they_need(overrides, message):
+    with pytest.raises(ValueError) as caught:
+        load(None, overrides)
+    assert message in str(caught.value)

@@ -258,3 +258,15 @@ def test_an_instruction_goes_to_the_end_of_the_last_message(tmp_path):
     data = source(jsonl(tmp_path / "rows.jsonl", rows), heldout=1, **{"data.instruction": "Box it."})
     assert byte_level().decode(data.next(1)[0].ids) == "add\n1 + 1\nBox it.\n"
     assert data.heldout[0].text == "b\nBox it." and messages[1]["content"] == "1 + 1"
+
+
+def test_worked_examples_are_earlier_turns_behind_the_system_message(tmp_path):
+    """The teacher's messages and the student's tokens come from the same list; a plain prompt becomes a turn."""
+    messages = [{"role": "system", "content": "add"}, {"role": "user", "content": "1 + 1"}]
+    rows = [{"prompt": messages, "answer": "2"}, {"prompt": "b", "answer": "2"}]
+    data = source(jsonl(tmp_path / "rows.jsonl", rows), heldout=1, **{"data.examples": '[["2 + 2", "4"]]'})
+    (made,) = data.next(1)
+    turns = [("system", "add"), ("user", "2 + 2"), ("assistant", "4"), ("user", "1 + 1")]
+    assert [(m["role"], m["content"]) for m in made.chat] == turns
+    assert byte_level().decode(made.ids) == "add\n2 + 2\n4\n1 + 1\n"
+    assert [m["content"] for m in data.heldout[0].chat] == ["2 + 2", "4", "b"]

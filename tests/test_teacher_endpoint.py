@@ -17,10 +17,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import tiny_models
+import tiny_prms
 import torch
 from factories import byte_level, prompt
 
 from scope_fast import config as cfg
+from scope_fast import train
 from scope_fast.teacher import Reply, Request, TeacherError, ask, counts_of
 from scope_fast.teacher_endpoint import EndpointTeacher
 
@@ -108,8 +110,7 @@ def failing(body, attempt, lasting):
     if way >= 5 or (attempt > 1 and not lasting):
         return 200, json.dumps(completion(f"reply {body['prompt'][1]}"))
     return [
-        (429, "slow down"), (500, "oops"), (200, json.dumps(completion())[:20]),
-        (200, json.dumps({"choices": []})), None,
+        (429, "slow down"), (500, "oops"), (200, json.dumps(completion())[:20]), (200, '{"choices": []}'), None,
     ][way]  # fmt: skip
 
 
@@ -236,6 +237,40 @@ def test_a_server_that_can_do_neither_is_refused():
             teacher(server.url).check()
 
 
+def test_a_whole_run_with_published_roles(tmp_path, monkeypatch):
+    """Math-Shepherd and a server: every repair asked for is accounted for, and the key is in no file of the run."""
+    tiny_prms.causal(tmp_path, "math-shepherd")
+
+    def solve(body, attempt):
+        if attempt == 1 and len(body["prompt"]) % 3 == 0:
+            return 500, "busy"
+        return 200, json.dumps(completion("1 + 1 = 2. Answer: 2"))
+
+    with serving(solve) as server:
+        settings = {
+            "steps": 2, "out": tmp_path / "run", "rollout.engine": "transformers", "rollout.prompts_per_step": 8,
+            "rollout.group_size": 4, "evaluation.prompts": 4, "evaluation.samples": 1, "prm.kind": "math-shepherd",
+            "prm.path": tmp_path, "teacher.kind": "endpoint", "teacher.endpoint.url": server.url,
+            "teacher.endpoint.model": "m", "teacher.endpoint.tokenizer": "student", "teacher.endpoint.backoff_s": 0.01,
+            "teacher.endpoint.cache": tmp_path / "run" / "replies", "scope.repair_below": 1.0,
+            "teacher.endpoint.key_variable": "TEST_TEACHER_KEY",
+        }  # fmt: skip
+        arguments = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+        monkeypatch.setattr(EndpointTeacher, "check", lambda self: None)  # this server counts no tokens
+        monkeypatch.setenv("TEST_TEACHER_KEY", KEY)
+        assert train.main(arguments) == 0
+        sent = len(server.seen)
+    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [step for step in steps if "scope/selected" in step]
+    assert sum(step["teacher/requests"] for step in steps) == sent > sum(step["scope/selected"] for step in steps) > 0
+    for step in steps:
+        assert step["prm/invalid"] == 0
+        assert step["scope/selected"] == step["scope/accepted"] + step["scope/rejected"] + step["teacher/errors"]
+        assert step["teacher/finished"] + step.get("teacher/cached", 0) == step["scope/repaired"]
+    files = [file for file in (tmp_path / "run").rglob("*") if file.is_file()]
+    assert len(files) > 8 and not [file for file in files if KEY.encode() in file.read_bytes()]
+
+
 # A real server: one, for all that follows.
 
 TEMPLATE = (
@@ -319,7 +354,8 @@ def test_a_real_server_goes_on_from_the_prefix(vllm_server, route, monkeypatch):
             ids = tokenizer.encode(f"user: 1 + 1?\n---\nassistant: {request.prefix}")
         truth = greedy(model, ids, 16, tokenizer.eos_token_id)
         assert isinstance(reply, Reply), reply
-        assert reply.text == tokenizer.decode(truth, skip_special_tokens=True)
+        text = tokenizer.decode(truth, skip_special_tokens=True)
+        assert reply.text.rstrip("\ufffd") == text.rstrip("\ufffd")  # vLLM holds a half character back at the end
         assert reply.finished is (truth[-1] == tokenizer.eos_token_id)
 
 

@@ -74,7 +74,7 @@ class ShepherdFormat:
 
 
 class RlhflowFormat:
-    """RLHFlow's PRMs: one conversation holds every step, each answered "+", which no position sees ahead of."""
+    """RLHFlow's PRMs: one conversation holds every step, each answered "+"; a causal model sees no later turn."""
 
     POSITIVE, NEGATIVE = "+", "-"
 

@@ -1,0 +1,192 @@
+"""A process reward model of one's own: token classification, packed without padding.
+
+    python -m scope_fast.prm.train BASE DATA OUT [--epochs 1 --lr 1e-5 ...]
+
+BASE is a Hugging Face folder or hub name of a language model (the student, so that token ids can be passed on), DATA
+rows as TRL's PRMTrainer reads them: "prompt" (text or chat messages), "completions" (the steps, a list of text) and
+"labels" (a list of bool, one a step); JSONL, or with the extra "data" whatever `datasets` reads. A label stands at the
+last token of its step, the line break included, where `prm.kind: token_classifier` reads OUT.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from scope_fast.batch import bins
+from scope_fast.config import Data
+from scope_fast.data import encode_prompt
+from scope_fast.prm.formats import Encoded
+from scope_fast.sources import open_rows
+
+
+class Example(NamedTuple):
+    """encoded: prompt and steps, and the last token of each step. right: 0 or 1 for each."""
+
+    encoded: Encoded
+    right: list[int]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of the training; the defaults are our choice."""
+
+    epochs: int = 1
+    lr: float = 1e-5
+    batch_sequences: int = 32
+    token_budget: int = 4096
+    heldout: float = 0.05
+    seed: int = 0
+
+
+def row_logits(model: nn.Module, sequences: Sequence[Encoded]) -> Tensor:
+    """Logits (rows, 2) of a token classifier at the rows of all sequences, in order, from one packed pass."""
+    device = next(model.parameters()).device
+    ids, positions, where = [], [], []
+    for sequence in sequences:
+        where += [len(ids) + row for row in sequence.rows]
+        ids += sequence.ids
+        positions += range(len(sequence.ids))
+    hidden = model.base_model(
+        input_ids=torch.tensor([ids], device=device),
+        position_ids=torch.tensor([positions], device=device),
+        attention_mask=None,
+        use_cache=False,
+    ).last_hidden_state[0]
+    return model.score(hidden[torch.tensor(where, device=device)])
+
+
+def read_examples(path: str, tokenizer, longest: int) -> tuple[list[Example], int]:
+    """The examples of a file and how many were passed over for being longer than `longest` tokens.
+
+    Raises ValueError naming file and row for one whose columns are not those of TRL's PRMTrainer.
+    """
+    examples, too_long = [], 0
+    for _, where, row in open_rows(Data(path=path))[2]:
+        example = _example(row, where, tokenizer)
+        if len(example.encoded.ids) > longest:
+            too_long += 1
+        else:
+            examples.append(example)
+    return examples, too_long
+
+
+def _example(row: Any, where: str, tokenizer) -> Example:
+    missing = [name for name in ("prompt", "completions", "labels") if not isinstance(row, dict) or not row.get(name)]
+    if missing:
+        raise ValueError(f"{where} has no {', '.join(missing)}: expected prompt, completions and labels")
+    steps, labels = row["completions"], row["labels"]
+    if len(steps) != len(labels):
+        raise ValueError(f"{where}: {len(labels)} labels for {len(steps)} completions")
+    if not all(isinstance(step, str) and step.strip() for step in steps) or not {*labels} <= {True, False}:
+        raise ValueError(f"{where}: expected completions that are text, and labels that are true or false")
+    ids = encode_prompt(tokenizer, row["prompt"])
+    rows = []
+    for i, step in enumerate(steps):
+        end = "\n" if i + 1 < len(steps) else ""
+        ids += tokenizer.encode(step.strip() + end, add_special_tokens=False)
+        rows.append(len(ids) - 1)
+    return Example(Encoded(ids, rows), [int(label) for label in labels])
+
+
+def fit(model: nn.Module, examples: list[Example], settings: Settings) -> Iterator[tuple[int, int, float]]:
+    """AdamW on the mean cross entropy over the steps of a batch; yields (step, steps, loss) as it goes."""
+    per_epoch = -(-len(examples) // settings.batch_sequences)
+    steps, rng = per_epoch * settings.epochs, Random(settings.seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    warmup = max(1, steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1.0, (s + 1) / warmup, (steps - s) / steps))
+    model.train()
+    for step in range(steps):
+        if step % per_epoch == 0:
+            rng.shuffle(examples)
+        start = step % per_epoch * settings.batch_sequences
+        loss = _backward(model, examples[start : start + settings.batch_sequences], settings.token_budget)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        yield step + 1, steps, loss
+
+
+def _backward(model: nn.Module, batch: list[Example], token_budget: int) -> float:
+    """Gradients of the mean over the batch's steps, however it is split into passes."""
+    count, total = sum(len(example.right) for example in batch), 0.0
+    for group in bins([len(example.encoded.ids) for example in batch], token_budget):
+        logits = row_logits(model, [batch[i].encoded for i in group])
+        right = torch.tensor([label for i in group for label in batch[i].right], device=logits.device)
+        loss = nn.functional.cross_entropy(logits.float(), right, reduction="sum") / count
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+@torch.inference_mode()
+def accuracy(model: nn.Module, examples: list[Example], token_budget: int) -> tuple[float, float]:
+    """(share of steps judged right, share of solutions whose first error, or its absence, is found)."""
+    model.eval()
+    steps = hits = found = 0
+    for group in bins([len(example.encoded.ids) for example in examples], token_budget):
+        judged = row_logits(model, [examples[i].encoded for i in group]).argmax(-1).tolist()
+        for i in group:
+            mine, judged = judged[: len(examples[i].right)], judged[len(examples[i].right) :]
+            steps += len(mine)
+            hits += sum(a == b for a, b in zip(mine, examples[i].right, strict=True))
+            found += [*mine, 0].index(0) == [*examples[i].right, 0].index(0)
+    return hits / steps, found / len(examples)
+
+
+def train(base: str, data: str, out: Path, settings: Settings) -> None:
+    """Trains from `base` into the folder `out`. ValueError for unusable data, or where nothing is left to train on."""
+    from transformers import AutoModelForTokenClassification, AutoTokenizer
+
+    torch.manual_seed(settings.seed)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = AutoModelForTokenClassification.from_pretrained(base, num_labels=2, dtype=torch.float32).to(device)
+    examples, too_long = read_examples(data, tokenizer, model.config.max_position_embeddings)
+    Random(settings.seed).shuffle(examples)
+    held = examples[: int(settings.heldout * len(examples))]
+    rest = examples[len(held) :]
+    if not rest:
+        raise ValueError(f"{data}: no example to train on ({too_long} too long)")
+    print(f"{data}: {len(rest)} to train on, {len(held)} held out, {too_long} too long", flush=True)
+    for step, steps, loss in fit(model, rest, settings):
+        if step == steps or step % 50 == 0:
+            print(f"step {step}/{steps}: loss {loss:.4f}", flush=True)
+    if held:
+        by_step, by_solution = accuracy(model, held, settings.token_budget)
+        print(f"held out: {100 * by_step:.1f} % of steps, first error {100 * by_solution:.1f} % of solutions")
+    model.to(torch.bfloat16).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m scope_fast.prm.train", description=__doc__.split("\n\n")[0])
+    parser.add_argument("base")
+    parser.add_argument("data")
+    parser.add_argument("out", type=Path)
+    defaults = Settings()
+    for name in Settings.__dataclass_fields__:
+        value = getattr(defaults, name)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value, help=f"default {value}")
+    arguments = vars(parser.parse_args(argv))
+    base, data, out = (arguments.pop(name) for name in ("base", "data", "out"))
+    try:
+        train(base, data, out, Settings(**arguments))
+    except (ValueError, FileNotFoundError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

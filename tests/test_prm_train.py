@@ -1,0 +1,103 @@
+"""One's own reward model: TRL's data, the gradient of the padded forward, and a folder that the run loads."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from factories import byte_level, trajectory
+from transformers import AutoModelForTokenClassification, AutoTokenizer, Qwen2Config, Qwen2ForTokenClassification
+
+from scope_fast.prm import train as prm_train
+from scope_fast.prm.formats import Encoded
+from scope_fast.prm.scorers import TokenClassifierScorer
+from scope_fast.scope.steps import TokenBytes, split_steps
+
+ASSETS = "scope_fast/assets/student"
+ROW = {"prompt": "What is 1 + 1?", "completions": ["1 + 1 = 2", "Answer: 2"], "labels": [True, False]}
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_a_label_stands_where_the_scorer_reads(tmp_path):
+    """The rows of a training example are the step ends of the same text as a rollout."""
+    tokenizer = byte_level()
+    (example,), too_long = prm_train.read_examples(write(tmp_path / "a.jsonl", [ROW]), tokenizer, 100)
+    start = len(prm_train.encode_prompt(tokenizer, ROW["prompt"]))
+    response = example.encoded.ids[start:]
+    assert tokenizer.decode(response) == "1 + 1 = 2\nAnswer: 2" and too_long == 0
+    steps = split_steps(TokenBytes(tokenizer)(response))
+    assert example.encoded.rows == [start + end - 1 for _, end in steps] and example.right == [1, 0]
+    assert prm_train.read_examples(str(tmp_path / "a.jsonl"), tokenizer, 5) == ([], 1)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "a", "completions": ["b"]}, "a.jsonl:1 has no labels: expected prompt, completions and labels"),
+        ({**ROW, "labels": [True]}, "a.jsonl:1: 1 labels for 2 completions"),
+        ({**ROW, "labels": [True, 2]}, "a.jsonl:1: expected completions that are text"),
+        ({**ROW, "completions": ["a", " "]}, "a.jsonl:1: expected completions that are text"),
+    ],
+)
+def test_rows_of_another_shape_are_refused_by_name(row, message, tmp_path):
+    with pytest.raises(ValueError) as caught:
+        prm_train.read_examples(write(tmp_path / "a.jsonl", [row]), byte_level(), 100)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("budget", [1, 4096])
+def test_the_gradient_is_that_of_one_sequence_after_another(budget):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = Qwen2ForTokenClassification(
+        Qwen2Config(vocab_size=50, num_key_value_heads=1, num_labels=2, classifier_dropout=0.0, **sizes)
+    )
+    batch = [
+        prm_train.Example(Encoded([3, 4, 5, 6, 7], [2, 4]), [1, 0]),
+        prm_train.Example(Encoded([9, 8, 7], [1]), [1]),
+        prm_train.Example(Encoded([1, 2, 3, 4], [0, 1, 3]), [1, 1, 0]),
+    ]
+    got = prm_train._backward(model, batch, budget)
+    packed = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    losses = []
+    for (ids, rows), right in batch:
+        logits = model(input_ids=torch.tensor([ids])).logits[0, rows]
+        losses += list(torch.nn.functional.cross_entropy(logits, torch.tensor(right), reduction="none"))
+    truth = torch.stack(losses).mean()
+    truth.backward()
+    assert got == pytest.approx(truth.item(), abs=1e-6)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(packed[name], p.grad, atol=1e-6, rtol=1e-5)
+
+
+def test_the_command_leaves_a_folder_that_tells_right_from_wrong(tmp_path):
+    """A rule a tiny model learns in seconds: a step that says "bad" is wrong."""
+    rows = []
+    for i in range(320):
+        steps = ["good" if (i >> k) & 1 else "bad" for k in range(1 + i % 3)]
+        rows.append({"prompt": f"Go {i % 7}.", "completions": steps, "labels": [step == "good" for step in steps]})
+    data = write(tmp_path / "data.jsonl", rows)
+    out = tmp_path / "prm"
+    arguments = [ASSETS, data, str(out), "--epochs", "4", "--lr", "1e-3", "--heldout", "0.2", "--token-budget", "512"]
+    done = subprocess.run([sys.executable, "-m", "scope_fast.prm.train", *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "256 to train on, 64 held out, 0 too long" in done.stdout
+    assert "held out: 100.0 % of steps, first error 100.0 % of solutions" in done.stdout
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    model = AutoModelForTokenClassification.from_pretrained(out, dtype=torch.float32)
+    ids = tokenizer.encode("good\nbad\ngood")
+    made = trajectory((1,) * len(ids), token_ids=ids, steps=split_steps(TokenBytes(tokenizer)(ids)), eos=False)
+    (probs,) = TokenClassifierScorer(model, 512)([made])
+    assert [p > 0.5 for p in probs] == [True, False, True]
+
+
+def test_bad_input_ends_with_a_message(tmp_path, capsys):
+    data = write(tmp_path / "a.jsonl", [{"prompt": "a"}])
+    assert prm_train.main([ASSETS, data, str(tmp_path / "out")]) == 2
+    assert "a.jsonl:1 has no completions, labels" in capsys.readouterr().err
