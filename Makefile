@@ -5,11 +5,12 @@ VENV ?= .venv
 RUN := env -u PYTHONDONTWRITEBYTECODE $(VENV)/bin/python
 ARGS ?=
 
-.PHONY: help install train test lint clean
+.PHONY: help install train test test-kill lint clean
 
 help:
 	@echo "make train [ARGS='--method grpo --steps 20']   set up, then train (the embedded default without ARGS)"
 	@echo "make test  [ARGS='tests/test_verifier.py']     set up, then run the tests"
+	@echo "make test-kill                                 kill -9 a run 20 times, and compare it with an unbroken one"
 	@echo "make lint | install | clean"
 
 install:
@@ -21,6 +22,10 @@ train: install
 test:
 	@$(PYTHON) install.py --venv $(VENV) --dev
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
+
+test-kill:
+	@$(PYTHON) install.py --venv $(VENV) --dev
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m kill -s tests/test_resume.py $(ARGS)
 
 lint:
 	@$(PYTHON) install.py --venv $(VENV) --dev

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from enum import IntEnum
+from itertools import pairwise
 
 import torch
 
@@ -239,6 +240,38 @@ def _concatenate(
         active=torch.arange(len(target)),
     )
     return MicroBatch(torch.tensor(ids), torch.tensor(positions), torch.tensor(where), streams, torch.tensor(owner))
+
+
+def split(batch: MicroBatch, token_budget: int) -> list[MicroBatch]:
+    """A micro-batch cut between its sequences into ones of at most `token_budget` tokens; itself where it fits.
+
+    All streams go along, scored ones too. A sequence above the budget stays whole, as in `bins`.
+    """
+    if len(batch.input_ids) <= token_budget:
+        return [batch]
+    starts = [*torch.nonzero(batch.position_ids == 0).flatten().tolist(), len(batch.input_ids)]
+    cuts = [0]
+    for start, end in pairwise(starts):
+        if end - cuts[-1] > token_budget and start > cuts[-1]:
+            cuts.append(start)
+    return [_part(batch, begin, end) for begin, end in zip(cuts, [*cuts[1:], len(batch.input_ids)], strict=True)]
+
+
+def _part(batch: MicroBatch, begin: int, end: int) -> MicroBatch:
+    """Tokens begin..end of a micro-batch and their rows."""
+    first, last = torch.searchsorted(batch.rows, torch.tensor([begin, end], device=batch.rows.device)).tolist()
+    streams = {f.name: getattr(batch.streams, f.name) for f in fields(batch.streams)}
+    streams = {name: stream[first:last] for name, stream in streams.items() if stream is not None}
+    active = batch.streams.active
+    if active is not None:
+        streams["active"] = active[(active >= first) & (active < last)] - first
+    return MicroBatch(
+        batch.input_ids[begin:end],
+        batch.position_ids[begin:end],
+        batch.rows[first:last] - begin,
+        TokenStreams(**streams),
+        batch.sequence[first:last],
+    )
 
 
 def empty_micro_batch() -> MicroBatch:

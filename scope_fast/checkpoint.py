@@ -15,11 +15,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 import random
 import re
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ import numpy
 import torch
 import torch.distributed as dist
 
-from scope_fast.distributed import agree, barrier, rank, world_size
+from scope_fast.distributed import agree, gather, rank, world_size
+from scope_fast.files import WriteFailed, sync, writing
 
 MANIFEST = "MANIFEST.json"
 DIGEST_BYTES = 8 << 20  # a digest covers this much of either end of a file: a 7B model must not take minutes to hash
@@ -44,28 +46,56 @@ def save(run_dir: Path | str, step: int, state: dict[str, Any], keep: int = 2) -
     state: nested dicts (str or int keys), lists and tuples of tensors (DTensors too) and plain values: None, bool, int,
         float, str. Anything else is a TypeError naming its place. Collective: every rank calls it, and plain values
         are kept rank by rank (the RNG differs), tensors once.
+
+    WriteFailed, on every rank, if one of them could not write its part: what was begun is removed, so that the room it
+    took is free again, and the older checkpoints stay.
     """
     if keep < 1:
         raise ValueError(f"keep={keep}: expected at least 1")
     root = Path(run_dir) / "checkpoints"
     target, temporary = root / f"step_{step}", root / f".tmp-step_{step}"
-    if rank() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    barrier()
+    try:
+        with writing(f"the checkpoint of step {step}", target):
+            _write_state(temporary, state)
+            with _together():
+                if rank() == 0:
+                    files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
+                    _write(temporary / MANIFEST, {"step": step, "world_size": world_size(), "files": files})
+                    _replace(temporary, target)
+                    _prune(root, keep)
+    except WriteFailed:
+        if rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return target
+
+
+def _write_state(folder: Path, state: dict[str, Any]) -> None:
+    with _together():
+        if rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
     tensors: dict[str, torch.Tensor] = {}
     image = _split(state, "", tensors)
     aliases = agree(_aliases(tensors))
-    _write(temporary / f"state_{rank()}.json", {"state": image, "aliases": aliases})
-    _save_tensors(temporary, {place: t.contiguous() for place, t in tensors.items() if place not in aliases})
-    barrier()
-    if rank() == 0:
-        files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
-        _write(temporary / MANIFEST, {"step": step, "world_size": world_size(), "files": files})
-        _replace(temporary, target)
-        _prune(root, keep)
-    barrier()
-    return target
+    with _together():
+        _write(folder / f"state_{rank()}.json", {"state": image, "aliases": aliases})
+    _save_tensors(folder, {place: t.contiguous() for place, t in tensors.items() if place not in aliases})
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """Every rank leaves the block when all have done their part, or with an OSError if one of them could not."""
+    failure = None
+    try:
+        yield
+    except OSError as error:
+        failure = error
+    failures = [text for text in gather(failure and f"rank {rank()}: {failure.strerror or failure}") if text]
+    if failure is not None:
+        raise failure
+    if failures:
+        raise OSError("; ".join(failures))
 
 
 def load(path: Path | str, like: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -87,17 +117,23 @@ def load(path: Path | str, like: dict[str, Any] | None = None) -> dict[str, Any]
     return _join(saved["state"], tensors)
 
 
-def latest(run_dir: Path | str) -> Path | None:
-    """The newest undamaged checkpoint of a run or None; prints the ones it skips, and why. Collective."""
+def latest(run_dir: Path | str, before: int | None = None) -> Path | None:
+    """The newest undamaged checkpoint of a run (before a step) or None; prints which it skips and why. Collective."""
     found = None
     if rank() == 0:
-        for path in reversed(_steps(Path(run_dir) / "checkpoints")):
+        paths = _steps(Path(run_dir) / "checkpoints")
+        for path in reversed([path for path in paths if before is None or step_of(path) < before]):
             reason = _damage(path)
             if reason is None:
                 found = path
                 break
             print(f"checkpoint {path} skipped: {reason}", flush=True)
     return agree(found)
+
+
+def step_of(path: Path) -> int:
+    """The step a checkpoint folder was written after."""
+    return int(path.name.removeprefix("step_"))
 
 
 def load_latest(run_dir: Path | str, like: dict[str, Any] | None = None) -> dict[str, Any] | None:
@@ -132,19 +168,25 @@ def restore_rng(state: dict[str, Any]) -> None:
 def export(run_dir: Path | str, model: Any, tokenizer: Any, generation_config: Any = None) -> Path:
     """Writes `run_dir`/export for `from_pretrained`, in the place of an older one. Returns its path. Collective.
 
-    generation_config: None takes the model's own.
+    generation_config: None takes the model's own. WriteFailed where it cannot be written; nothing is left of it then.
     """
+    from safetensors import SafetensorError
+
     root = Path(run_dir)
     target, temporary = root / "export", root / ".tmp-export"
     weights = _full_weights(model)
-    if rank() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        model.save_pretrained(temporary, state_dict=weights)
-        tokenizer.save_pretrained(temporary)
-        (generation_config or model.generation_config).save_pretrained(temporary)
-        _replace(temporary, target)
-    barrier()
+    with writing("the exported model", target), _together():
+        if rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            try:
+                model.save_pretrained(temporary, state_dict=weights)
+                tokenizer.save_pretrained(temporary)
+                (generation_config or model.generation_config).save_pretrained(temporary)
+                _replace(temporary, target)
+            except (OSError, SafetensorError) as error:  # a full disk reaches us as the latter from safetensors
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise error if isinstance(error, OSError) else OSError(str(error)) from error
     return target
 
 
@@ -219,7 +261,11 @@ def _save_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     writer = dcp.HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=file_of, save_distributed=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.save(tensors, storage_writer=writer)
+        try:
+            dcp.save(tensors, storage_writer=writer)
+        except dcp.api.CheckpointException as error:  # on every rank, whichever failed
+            causes = [cause for cause, _ in error.failures.values() if isinstance(cause, OSError)]
+            raise causes[0] if causes else error from None
 
 
 def _load_tensors(folder: Path, wanted: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -250,9 +296,7 @@ def _decode(text: str) -> torch.Tensor:
 
 def _steps(root: Path) -> list[Path]:
     """The checkpoint folders, oldest first."""
-    names = ((re.fullmatch(r"step_(\d+)", path.name), path) for path in root.glob("step_*"))
-    numbered = [(int(match[1]), path) for match, path in names if match]
-    return [path for _, path in sorted(numbered)]
+    return sorted((path for path in root.glob("step_*") if re.fullmatch(r"step_\d+", path.name)), key=step_of)
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
@@ -292,22 +336,14 @@ def _write(path: Path, value: Any) -> None:
 def _replace(temporary: Path, target: Path) -> None:
     """Syncs a finished folder to disk and gives it its name, in the place of an older one."""
     for path in [*temporary.rglob("*"), temporary]:
-        _sync(path)
+        sync(path)
     old = target.with_name(f".old-{target.name}")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         target.rename(old)
     temporary.rename(target)
-    _sync(target.parent)
+    sync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _prune(root: Path, keep: int) -> None:

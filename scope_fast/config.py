@@ -236,6 +236,9 @@ class Learner(_Section):
     token_budget: Positive = Field(1024, description="packed tokens of one micro-batch")
     minibatches: Positive = Field(1, description="optimiser steps an epoch; 1 with epochs 1 needs no old logprobs")
     epochs: Positive = 1
+    max_skipped_updates: Positive = Field(
+        3, description="optimiser steps in a row without a finite loss and gradient, after which the run ends"
+    )
     activation_checkpointing: Literal["none", "selective", "full"] = Field(
         "none", description="recompute no block, every other block or every block in the backward"
     )

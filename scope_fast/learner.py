@@ -8,6 +8,9 @@ KL coefficient: the weights the learner was made with, frozen.
 One process or many (sharding.py): the loss is a sum over rows whose weights carry the counts of all ranks, gradients
 are summed over ranks, and every rank runs the same number of micro-batches, an empty one where it has none left. So the
 result does not depend on packing, on the split into micro-batches or on the number of ranks.
+
+What goes wrong in a step stays in it: an update without a finite loss and gradient is left out and counted, and the
+first out-of-memory error halves the token budget and repeats the pass, which has changed nothing yet.
 """
 
 from __future__ import annotations
@@ -15,9 +18,10 @@ from __future__ import annotations
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -26,10 +30,21 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from scope_fast import distributed, sharding
-from scope_fast.batch import LossOptions, MicroBatch, Segment, TokenStreams, TrainSequence, empty_micro_batch, pack
+from scope_fast.batch import (
+    LossOptions,
+    MicroBatch,
+    Segment,
+    TokenStreams,
+    TrainSequence,
+    empty_micro_batch,
+    pack,
+    split,
+)
 from scope_fast.config import Learner as LearnerConfig
 from scope_fast.losses import linear_scope_loss
 from scope_fast.ops.linear_logprob import linear_logprob
+
+T = TypeVar("T")
 
 RESCALED_LOGITS = {  # configuration fields of models that change the head's output, and the value that changes nothing
     "final_logit_softcapping": None,  # Gemma 2, 3
@@ -130,19 +145,29 @@ class Learner:
         steps = total_steps * config.minibatches * config.epochs
         self.factor = _schedule(config, steps)
         self.steps = 0  # optimiser steps taken or skipped for want of an active row: the schedule goes by these
+        self.skipped_in_a_row = 0  # optimiser steps without a finite loss and gradient
+        self.halvings = 0  # of the token budget, after an out-of-memory error: at most one
+
+    @property
+    def token_budget(self) -> int:
+        """Packed tokens of a micro-batch, now."""
+        return max(1, self.config.token_budget >> self.halvings)
 
     def update(self, minibatches: list[list[TrainSequence]]) -> dict[str, float]:
         """One optimiser step for each minibatch, `epochs` times over; of this rank's sequences, with all ranks' others.
 
         Returns loss/rl, loss/nll, loss/total and grad/norm (means over the optimiser steps), policy/* and
-        sampling/logprob_gap where they are defined, tokens/trained and tokens/skipped (zero-gradient rows), and
-        learner/skipped_updates: optimiser steps left out because their gradient was not finite.
+        sampling/logprob_gap where they are defined, tokens/trained and tokens/skipped (zero-gradient rows),
+        learner/skipped_updates: optimiser steps left out because their loss or gradient was not finite, and
+        learner/out_of_memory: halvings of the token budget.
         """
+        halvings = self.halvings
         packed = [self._pack(sequences) for sequences in minibatches]
         trained = sum(len(batch.streams) for minibatch in packed for batch in minibatch)
         wanted = sum(s != Segment.IGNORE for minibatch in minibatches for q in minibatch for s in q.segment)
         on_policy = len(packed) == 1 and self.config.epochs == 1
-        packed = [[self._scored(batch, on_policy) for batch in minibatch] for minibatch in packed]
+        score = partial(self._scored, on_policy=on_policy)
+        packed = [self._within_memory(score, minibatch) for minibatch in packed]
         totals: dict[str, float] = defaultdict(float)
         norms = []
         for minibatch in packed * self.config.epochs:
@@ -157,6 +182,7 @@ class Learner:
             "grad/norm": sum(finite) / max(len(finite), 1),
             "learner/lr": self.config.lr * self.factor(self.steps - 1),
             "learner/skipped_updates": len(norms) - len(finite),
+            "learner/out_of_memory": self.halvings - halvings,
             "tokens/trained": totals["tokens/trained"],
             "tokens/skipped": totals["tokens/wanted"] - totals["tokens/trained"],
         }
@@ -167,24 +193,24 @@ class Learner:
         counts = distributed.gather((segments.count(Segment.RL), segments.count(Segment.NLL)))
         rl, nll = (sum(column) for column in zip(*counts, strict=True))
         nll_count = rl + nll if self.joint_normalizer else nll
-        batches = pack(sequences, self.config.token_budget, self.options, max(rl, 1), max(nll_count, 1))
+        batches = pack(sequences, self.token_budget, self.options, max(rl, 1), max(nll_count, 1))
         most = max(distributed.gather(len(batches)))
         batches += [empty_micro_batch() for _ in range(most - len(batches))]
         return [batch.to(self.device) for batch in batches]
 
-    def _step(self, batches: Iterable[MicroBatch], totals: dict[str, float]) -> float:
+    def _step(self, batches: list[MicroBatch], totals: dict[str, float]) -> float:
         """Gradients of all micro-batches, clipped and applied if they are finite; their norm before clipping.
 
-        No host sync before the last micro-batch.
+        NaN for the norm if the loss is not finite. No host sync before the last micro-batch.
         """
-        sums: list[dict[str, torch.Tensor]] = []
-        for batch in batches:
-            loss, metrics = self.objective(batch)
-            loss.backward()
-            sums.append(metrics)
+        sums = self._within_memory(self._gradients, batches)
         norm = 0.0
         if sums:
             norm = _number(nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm))
+            losses = [float(metrics["loss/rl"] + metrics["loss/nll"]) for metrics in sums]
+            if not all(distributed.gather(all(map(math.isfinite, losses)))):
+                norm = math.nan
+            self.skipped_in_a_row = 0 if math.isfinite(norm) else self.skipped_in_a_row + 1
         if sums and math.isfinite(norm):
             for group in self.optimizer.param_groups:
                 group["lr"] = self.config.lr * self.factor(self.steps)
@@ -196,22 +222,59 @@ class Learner:
                 totals[name] = _merge(name)(totals[name], float(value))
         return norm
 
-    def _scored(self, batch: MicroBatch, on_policy: bool) -> MicroBatch:
-        """The micro-batch with the log-probabilities its loss is taken against: none, most often."""
-        with torch.no_grad():
-            old = batch.streams.old_logprob if on_policy else self.objective(batch, score_only=True)
-            reference = None if self.reference is None else self.reference(batch, score_only=True)
-        return replace(batch, streams=replace(batch.streams, old_logprob=old, ref_logprob=reference))
+    def _gradients(self, batches: list[MicroBatch]) -> list[dict[str, torch.Tensor]]:
+        """Forward and backward of every micro-batch, gradients from zero; the metrics of each."""
+        self.optimizer.zero_grad(set_to_none=True)
+        sums = []
+        for batch in batches:
+            loss, metrics = self.objective(batch)
+            loss.backward()
+            sums.append(metrics)
+        return sums
+
+    def _within_memory(self, work: Callable[[list[MicroBatch]], T], batches: list[MicroBatch]) -> T:
+        """`work`, which must leave the learner as it was until it returns; after a first out-of-memory error once more,
+        on halves. Only a lone process can: the other ranks wait in the collectives that this one has left."""
+        try:
+            return work(self._fitting(batches))
+        except torch.OutOfMemoryError:
+            if self.halvings or distributed.world_size() > 1:
+                raise
+        self.halvings = 1  # out here, where the exception no longer keeps the activations of its frames
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        print(
+            f"out of memory: learner.token_budget halved to {self.token_budget} for the rest of the run; the update is "
+            "repeated",
+            flush=True,
+        )
+        return work(self._fitting(batches))
+
+    def _fitting(self, batches: list[MicroBatch]) -> list[MicroBatch]:
+        return [part for batch in batches for part in split(batch, self.token_budget)]
+
+    def _scored(self, batches: list[MicroBatch], on_policy: bool) -> list[MicroBatch]:
+        """The micro-batches with the log-probabilities their loss is taken against: none, most often."""
+        scored = []
+        for batch in batches:
+            with torch.no_grad():
+                old = batch.streams.old_logprob if on_policy else self.objective(batch, score_only=True)
+                reference = None if self.reference is None else self.reference(batch, score_only=True)
+            scored.append(replace(batch, streams=replace(batch.streams, old_logprob=old, ref_logprob=reference)))
+        return scored
 
     def state_dict(self) -> dict[str, object]:
         """Model, optimiser (by parameter name, so that it loads under any sharding) and place in the schedule."""
         model, optimizer = get_state_dict(self.model, self.optimizer)
-        return {"model": model, "optimizer": optimizer, "steps": self.steps}
+        counters = {"steps": self.steps, "skipped_in_a_row": self.skipped_in_a_row, "halvings": self.halvings}
+        return {"model": model, "optimizer": optimizer, **counters}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
         """The inverse of `state_dict`."""
         set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-        self.steps = state["steps"]
+        self.steps, self.skipped_in_a_row = state["steps"], state["skipped_in_a_row"]
+        self.halvings = state["halvings"]
 
 
 def _number(value: torch.Tensor) -> float:

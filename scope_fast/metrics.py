@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from scope_fast.files import Log, WriteFailed, writing
 from scope_fast.progress import StepDisplay
 
 
@@ -70,7 +71,8 @@ METRICS: dict[str, Metric] = {
     "data/skipped_heldout": Metric("count", "Prompts passed over because their text is also a held-out one"),
     "data/skipped_short": Metric("count", "Prompts skipped because they are too short"),
     "learner/lr": Metric("ratio", "Learning rate"),
-    "learner/skipped_updates": Metric("count", "Optimiser steps skipped for want of a finite gradient"),
+    "learner/skipped_updates": Metric("count", "Optimiser steps skipped for want of a finite loss and gradient"),
+    "learner/out_of_memory": Metric("count", "Halvings of learner.token_budget after an out-of-memory error"),
     "sync/weight_version": Metric("count", "Version of the weights the engine holds"),
     "tokens/rollout": Metric("tokens", "Sampled by the engine"),
     "tokens/trained": Metric("tokens", "Rows of the loss with a gradient"),
@@ -144,14 +146,17 @@ class MetricsWriter:
         wandb_module = None if wandb is None else _import_wandb()
         self.last_step = self._prepare(resume_step)
         self._stack = ExitStack()
-        self._file = self._stack.enter_context((self.out_dir / "metrics.jsonl").open("a", encoding="utf-8"))
+        self._file = Log(self.out_dir / "metrics.jsonl", "metrics")
+        self._stack.callback(self._file.close)
         self._tensorboard = self._wandb = None
+        self._events = self.out_dir / "tensorboard"
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             purge = None if resume_step is None else resume_step + 1
-            self._tensorboard = SummaryWriter(str(self.out_dir / "tensorboard"), purge_step=purge)
-            self._stack.callback(self._tensorboard.close)
+            with writing("TensorBoard's events", self._events):
+                self._tensorboard = SummaryWriter(str(self._events), purge_step=purge)
+            self._stack.callback(self._close_tensorboard)
         if wandb_module is not None:
             self._wandb = self._start_wandb(wandb_module, wandb, resuming=resume_step is not None)
         self._display = StepDisplay(total_steps, method, done=max(self.last_step, 0))
@@ -169,6 +174,10 @@ class MetricsWriter:
         cut_back(self.out_dir / "rollouts.jsonl", resume_step)
         return resume_step
 
+    def _close_tensorboard(self) -> None:
+        with writing("TensorBoard's events", self._events):
+            self._tensorboard.close()
+
     def _start_wandb(self, module: Any, options: dict[str, Any], resuming: bool) -> Any:
         # the run's id is kept beside its metrics, so that a resumed run goes on in the same W&B run
         id_file = self.out_dir / "wandb_id"
@@ -182,7 +191,11 @@ class MetricsWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
-        self._stack.close()
+        try:
+            self._stack.close()
+        except WriteFailed:
+            if kind is None:  # else what ended the run counts; on a full disk every file fails again at its closing
+                raise
         if self._wandb is not None:
             self._wandb.finish(exit_code=0 if kind is None else 1)
 
@@ -199,11 +212,11 @@ class MetricsWriter:
         values = {name: scalar(name, value) for name, value in metrics.items()}
         self.last_step = step
         self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
         if self._tensorboard is not None:
-            for name, value in values.items():
-                self._tensorboard.add_scalar(name, value, step)
-            self._tensorboard.flush()
+            with writing("TensorBoard's events", self._events):
+                for name, value in values.items():
+                    self._tensorboard.add_scalar(name, value, step)
+                self._tensorboard.flush()
         if self._wandb is not None:
             self._wandb.log(values, step=step)
         if show:
@@ -227,7 +240,8 @@ class RolloutLog:
     """
 
     def __init__(self, out_dir: str | Path) -> None:
-        self._file = (Path(out_dir) / "rollouts.jsonl").open("a", encoding="utf-8")
+        self._file = Log(Path(out_dir) / "rollouts.jsonl", "rollouts")
+        self._lines: list[str] = []
 
     def __enter__(self) -> RolloutLog:
         return self
@@ -236,6 +250,7 @@ class RolloutLog:
         self.close()
 
     def close(self) -> None:
+        self.flush()
         self._file.close()
 
     def append(self, record: Mapping[str, Any]) -> None:
@@ -244,11 +259,12 @@ class RolloutLog:
 
     def append_line(self, line: str) -> None:
         """Adds one rollout that `to_json` made a line of, on this rank or another."""
-        self._file.write(line + "\n")
+        self._lines.append(line + "\n")
 
     def flush(self) -> None:
         """Hands what was appended to the operating system; call it once a step."""
-        self._file.flush()
+        text, self._lines = "".join(self._lines), []  # emptied first: what fails now would fail again at the closing
+        self._file.write(text)
 
 
 def to_json(record: Mapping[str, Any]) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from typing import Any
 
-from scope_fast.batch import TrainSequence
+from scope_fast.batch import Segment, TrainSequence
 from scope_fast.scope.trajectory import Trajectory
 
 
@@ -53,6 +54,27 @@ def _trained(sequence: TrainSequence, tokenizer) -> dict[str, Any]:
         "response_ids": sequence.response_ids,
         "tokens": token_texts(tokenizer, sequence.response_ids),
         "segment": sequence.segment,
-        "advantage": sequence.advantage,
-        "loss_weight": sequence.loss_weight,
+        "advantage": _exact(sequence.advantage),
+        "loss_weight": _exact(sequence.loss_weight),
     }
+
+
+def _exact(values: list[float]) -> list[float | str]:
+    """JSON writes a float with all its digits but knows no NaN and no infinity, which a replay must see: as text."""
+    return [value if math.isfinite(value) else str(value) for value in values]
+
+
+def trained_sequence(record: dict[str, Any]) -> TrainSequence | None:
+    """What the learner was given, out of a rollout's record: the inverse of `record`, bit for bit. None if nothing."""
+    trained = record["trained"]
+    if trained is None:
+        return None
+    own = [math.nan if value is None else value for value in record["logprobs"]]  # the student's tokens come first
+    return TrainSequence(
+        prompt_ids=record["prompt_ids"],
+        response_ids=trained["response_ids"],
+        segment=trained["segment"],
+        advantage=[float(value) for value in trained["advantage"]],
+        loss_weight=[float(value) for value in trained["loss_weight"]],
+        rollout_logprob=[own[i] if s == Segment.RL else math.nan for i, s in enumerate(trained["segment"])],
+    )

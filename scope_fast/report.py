@@ -17,7 +17,8 @@ A line of rollouts.jsonl is one rollout:
                        "reward": float | null},   (no suffix_ids: the suffix was refused before verification)
      "trained": null | {"response_ids": [int], "tokens": [str], "segment": [int], "advantage": [float],
                         "loss_weight": [float]}}
-`group` and `sample` name the rollout within its step; `trained` is the sequence the learner saw.
+`group` and `sample` name the rollout within its step; `trained` is the sequence the learner saw. A number that is not
+finite is null, in `trained` the text "nan", "inf" or "-inf".
 """
 
 from __future__ import annotations

@@ -5,6 +5,9 @@ tensorboard/, checkpoints/step_N, export/ (a Hugging Face folder) and report.htm
 
 `torchrun --nproc-per-node N -m scope_fast.train ...` runs the same on N ranks: the learner is sharded over them, each
 samples its share of the prompts with an engine of its own, rank 0 writes and speaks.
+
+Exit status: 0 when the run is done, or was stopped by SIGTERM or Ctrl-C with a checkpoint; 1 when it cannot go on (a
+full disk, updates that keep failing) or a replay differs; 2 for what is asked for and cannot be.
 """
 
 from __future__ import annotations
@@ -20,9 +23,11 @@ from rich.console import Console
 from torch.distributed.elastic.multiprocessing.errors import record
 from transformers.utils.logging import disable_progress_bar
 
-from scope_fast import checkpoint, convert_gguf, distributed, plan, sharding, warm_start
+from scope_fast import checkpoint, convert_gguf, distributed, health, plan, replay, sharding, warm_start
 from scope_fast.config import Config, load, to_yaml
 from scope_fast.data import PromptSource
+from scope_fast.files import WriteFailed, sync, write_whole, writing
+from scope_fast.interrupt import Interrupt
 from scope_fast.learner import Learner
 from scope_fast.metrics import MetricsWriter, RolloutLog
 from scope_fast.prm import text_scorers
@@ -39,8 +44,13 @@ from scope_fast.trainer import Trainer
 from scope_fast.verifier import Verifier
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-USAGE = "python -m scope_fast.train [CONFIG.yaml] [--dotted.key value ...] [--resume auto|never|DIR] [--dry-run]"
-MAY_CHANGE = frozenset({"steps", "out", "checkpoint", "logging"})  # between the parts of a resumed run
+USAGE = (
+    "python -m scope_fast.train [CONFIG.yaml] [--dotted.key value ...] [--resume auto|never|DIR] [--dry-run]\n"
+    "       python -m scope_fast.train --replay RUN/rollouts.jsonl[:STEP] [--dotted.key value ...]"
+)
+MAY_CHANGE = frozenset(  # between the parts of a resumed run
+    {"steps", "out", "checkpoint", "logging", "learner.max_skipped_updates", "distributed.timeout_s"}
+)
 LAST = ("export", "report.html")  # what is made after the last step, in this order
 
 console = Console(highlight=False)
@@ -48,15 +58,17 @@ console = Console(highlight=False)
 
 @record  # under torchrun the reason of the rank that failed first goes on top
 def main(argv: list[str] | None = None) -> int:
-    config, resume, dry_run = parse(argv)
+    config, resume, dry_run, source = parse(argv)
     with distributed.process_group(config.distributed.timeout_s):
         console.quiet = not distributed.is_main()
-        return run(config, resume, dry_run)
+        return run(config, resume, dry_run, source)
 
 
-def run(config: Config, resume: str, dry_run: bool) -> int:
-    """The command's exit status: 0, or 2 with the message where what is asked for cannot be."""
+def run(config: Config, resume: str, dry_run: bool, source: replay.Source | None) -> int:
+    """The command's exit status; what a person can understand and mend ends with a message alone."""
     try:
+        if source is not None:
+            return show_replay(config, source)
         if dry_run:
             console.print(to_yaml(config), markup=False, end="")
             console.print(plan.describe(config), markup=False, soft_wrap=True)
@@ -65,16 +77,21 @@ def run(config: Config, resume: str, dry_run: bool) -> int:
         if finished(config, start):
             console.print(f"{config.run_dir} has finished its {config.steps} steps: nothing to do", markup=False)
             return 0
-        with ExitStack() as stack:
-            train(build(config, stack), start, stack)
+        with Interrupt() as interrupt, ExitStack() as stack:
+            train(build(config, stack), start, stack, interrupt)
+    except (WriteFailed, health.Unhealthy) as error:
+        console.print(f"error: {error}", markup=False, soft_wrap=True)
+        if isinstance(error, WriteFailed):
+            console.print("what was saved before is whole: make room and run the same command again to go on from it")
+        return 1
     except (ValueError, FileNotFoundError, ImportError) as error:  # what is asked for cannot be: the message is enough
         console.print(f"error: {error}", markup=False, soft_wrap=True)
         return 2
     return 0
 
 
-def parse(argv: list[str] | None) -> tuple[Config, str, bool]:
-    """(configuration, resume mode, dry run) of a command line. Exits with status 2 and the message on bad input."""
+def parse(argv: list[str] | None) -> tuple[Config, str, bool, replay.Source | None]:
+    """(configuration, resume mode, dry run, what to replay) of a command line; exits with 2 and the message if bad."""
     arguments = sys.argv[1:] if argv is None else argv
     # the positional comes first or not at all: argparse would take the value of an unknown option for it
     path = arguments[0] if arguments and not arguments[0].startswith("-") else None
@@ -85,8 +102,17 @@ def parse(argv: list[str] | None) -> tuple[Config, str, bool]:
     parser.add_argument(
         "--dry-run", action="store_true", help="validate, print the resolved configuration and the plan"
     )
+    parser.add_argument(
+        "--replay", metavar="FILE[:STEP]", help="feed a step's rollouts through the learner alone, and compare"
+    )
     known, rest = parser.parse_known_args(arguments[path is not None :])
     try:
+        if known.replay is not None:
+            source = replay.find(known.replay)
+            if path is not None:
+                raise ValueError(f"--replay takes the run's own configuration, not {path}")
+            config = load(source.run_dir / "config.yaml", overrides(rest))
+            return config.model_copy(update={"out": str(source.run_dir)}), "auto", False, source
         config = load(path, overrides(rest))
         if config.data.path is None:
             for name in config.data.tasks:
@@ -97,7 +123,7 @@ def parse(argv: list[str] | None) -> tuple[Config, str, bool]:
                 raise ValueError(f"--resume {known.resume}: no run there (no config.yaml)")
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
-    return config, known.resume, known.dry_run
+    return config, known.resume, known.dry_run, None
 
 
 def overrides(arguments: list[str]) -> list[tuple[str, str]]:
@@ -126,16 +152,17 @@ def claim(config: Config, resume: str) -> Path | None:
     if distributed.is_main():
         try:
             _claim_folder(config, resume)
-        except ValueError as error:
-            refusal = str(error)
+        except (ValueError, WriteFailed) as error:
+            refusal = type(error), str(error)
     if refusal := distributed.agree(refusal):
-        raise ValueError(refusal)
+        raise refusal[0](refusal[1])
     return checkpoint.latest(config.run_dir)
 
 
 def _claim_folder(config: Config, resume: str) -> None:
     folder = config.run_dir
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing("the run directory", folder):
+        folder.mkdir(parents=True, exist_ok=True)
     stored = folder / "config.yaml"
     if stored.exists() and (folder / "metrics.jsonl").exists():
         if resume == "never":
@@ -144,20 +171,22 @@ def _claim_folder(config: Config, resume: str) -> None:
         different = _differences(load(stored).model_dump(), config.model_dump(), free)
         if different:
             raise ValueError(f"out: {folder} holds a run of another configuration ({', '.join(different)} differ)")
-    stored.write_text(to_yaml(config))
+    text = to_yaml(config)
+    if not stored.exists() or stored.read_text(encoding="utf-8") != text:
+        write_whole(stored, text, "the configuration")
 
 
 def finished(config: Config, start: Path | None) -> bool:
     """Whether nothing of the run is left to do: its last step is saved, and what follows the last step is there."""
-    whole = start is not None and int(start.name.removeprefix("step_")) >= config.steps
+    whole = start is not None and checkpoint.step_of(start) >= config.steps
     return whole and all((config.run_dir / name).exists() for name in LAST[: 1 + config.logging.report])
 
 
 def _differences(old: dict, new: dict, free: frozenset[str] = frozenset(), prefix: str = "") -> list[str]:
     found = []
-    for key in (key for key in new if key not in free):
+    for key in (key for key in new if f"{prefix}{key}" not in free):
         if isinstance(new[key], dict):
-            found += _differences(old[key], new[key], prefix=f"{prefix}{key}.")
+            found += _differences(old[key], new[key], free, prefix=f"{prefix}{key}.")
         elif old[key] != new[key]:
             found.append(f"{prefix}{key}")
     return found
@@ -182,16 +211,7 @@ def build(config: Config, stack: ExitStack) -> Trainer:
         closing(make_engine(config.rollout.engine, str(folders["student"]), engine_options(config)))
     )
     data = PromptSource(config, tokenizer)
-    learner = Learner(
-        student,
-        config.learner,
-        config.loss.options(config.rollout.temperature),
-        total_steps=config.steps,
-        joint_normalizer=config.loss.nll_normalizer == "joint",
-        backend=config.loss.backend,
-        compute_dtype=DTYPES[config.model.dtype],
-        mesh=sharding.make_mesh(config.learner.shard_size) if ranks > 1 else None,
-    )
+    learner = make_learner(config, student)
     return Trainer(
         config,
         tokenizer,
@@ -202,6 +222,20 @@ def build(config: Config, stack: ExitStack) -> Trainer:
         make_teacher(config, folders["teacher"], tokenizer, stack),
         learner,
         stack.enter_context(RolloutLog(config.run_dir)),
+    )
+
+
+def make_learner(config: Config, student) -> Learner:
+    """The learner of a run, sharded where there are several ranks."""
+    return Learner(
+        student,
+        config.learner,
+        config.loss.options(config.rollout.temperature),
+        total_steps=config.steps,
+        joint_normalizer=config.loss.nll_normalizer == "joint",
+        backend=config.loss.backend,
+        compute_dtype=DTYPES[config.model.dtype],
+        mesh=sharding.make_mesh(config.learner.shard_size) if distributed.world_size() > 1 else None,
     )
 
 
@@ -283,8 +317,11 @@ def make_teacher(config: Config, folder: str | None, tokenizer, stack: ExitStack
     return ModelTeacher(engine, tokenizer, settings, config.rollout.context, config.seed)
 
 
-def train(trainer: Trainer, start: Path | None, stack: ExitStack) -> None:
-    """The run: evaluation before, the steps, evaluation after, export and report; or what a checkpoint left of it."""
+def train(trainer: Trainer, start: Path | None, stack: ExitStack, interrupt: Interrupt) -> None:
+    """The run: evaluation before, the steps, evaluation after, export and report; or what a checkpoint left of it.
+
+    A signal ends it between two steps, after a checkpoint; what follows the last step then waits for the next start.
+    """
     config, out = trainer.config, trainer.config.run_dir
     if start is not None:
         trainer.load_state_dict(checkpoint.load(start, trainer.state_dict()))
@@ -294,14 +331,52 @@ def train(trainer: Trainer, start: Path | None, stack: ExitStack) -> None:
     write = metrics_writer(config, -1 if start is None else trainer.done, stack)
     if start is None:
         write(0, {"eval/pass_rate_before": held_out(trainer, "before")}, show=False)
+    if interrupt.requested():
+        console.print("stopped before its next step: nothing to save")
+        return
     for step, metrics in trainer.run():
         write(step, metrics)
-        if step == config.steps or (config.checkpoint.every and step % config.checkpoint.every == 0):
-            checkpoint.save(out, step, trainer.state_dict(), config.checkpoint.keep)
+        stopped = interrupt.requested()
+        if stopped or step == config.steps or (config.checkpoint.every and step % config.checkpoint.every == 0):
+            save(trainer)
+        if stopped:
+            console.print(f"stopped after step {step}, which is saved: the same command goes on from there")
+            return
     write(config.steps, {"eval/pass_rate": held_out(trainer, "after")}, show=False)
     checkpoint.export(out, trainer.learner.model, trainer.tokenizer)
     if config.logging.report and distributed.is_main():
-        console.print(f"report: {write_report(out)}", markup=False, soft_wrap=True)
+        with writing("the report", out / "report.html"):
+            console.print(f"report: {write_report(out)}", markup=False, soft_wrap=True)
+
+
+def save(trainer: Trainer) -> None:
+    """A checkpoint of where the run stands, once the logs it would be resumed with are on the disk. Collective."""
+    out = trainer.config.run_dir
+    if distributed.is_main():
+        for name in ("metrics.jsonl", "rollouts.jsonl"):
+            with writing(name, out / name):
+                sync(out / name)
+    checkpoint.save(out, trainer.done, trainer.state_dict(), trainer.config.checkpoint.keep)
+
+
+def show_replay(config: Config, source: replay.Source) -> int:
+    """Replays a step and prints what the learner said then and says now: 0 if both are the same, else 1."""
+    disable_progress_bar()
+    folder = None
+    if distributed.is_main():
+        with progress_bars(console) as progress:
+            folder = role_folder(config, "student", progress)
+    student, _ = load_student(config, distributed.agree(folder))
+    status = 0
+    for result in replay.replay(make_learner(config, student), source):
+        status |= bool(result.differing)
+        verdict = f"differs in {', '.join(result.differing)}" if result.differing else "the same"
+        console.print(f"step {result.step} replayed: {verdict}", markup=False, soft_wrap=True)
+    for name in sorted(result.now):
+        mark = "  <- differs" if name in result.differing else ""
+        line = f"{name:26} logged {result.logged.get(name)!r:24} now {result.now[name]!r:24}{mark}"
+        console.print(line, markup=False, soft_wrap=True)
+    return status
 
 
 def metrics_writer(config: Config, resume_step: int, stack: ExitStack) -> Callable[..., None]:
@@ -309,6 +384,7 @@ def metrics_writer(config: Config, resume_step: int, stack: ExitStack) -> Callab
     if not distributed.is_main():
         return lambda step, metrics, show=True: None
     wandb = {"project": config.logging.wandb_project} if config.logging.wandb_project else None
+    health.forget_failed(config.run_dir, max(resume_step, 0))
     writer = MetricsWriter(config.run_dir, config.steps, config.method, wandb, resume_step=resume_step)
     return stack.enter_context(writer).write
 

@@ -14,7 +14,7 @@ from statistics import fmean
 
 import torch
 
-from scope_fast import distributed
+from scope_fast import distributed, health
 from scope_fast.batch import TrainSequence
 from scope_fast.checkpoint import capture_rng, restore_rng
 from scope_fast.config import Config
@@ -78,7 +78,7 @@ class Trainer:
         self.done += 1
         with self.timer("sync"):
             self.engine.update_weights(self.learner.model, version=self.done)
-        self.record(groups, stamped)
+        self.record(groups, stamped, failed=learned["learner/skipped_updates"] > 0)
         return self.metrics(groups, chosen, learned)
 
     def my_prompts(self) -> list[tuple[int, Prompt]]:
@@ -195,8 +195,11 @@ class Trainer:
     def _seed(self, *what: object) -> int:
         return _hash(self.config.seed, self.done, *what)
 
-    def record(self, groups: list[Group], stamped: list[Stamped]) -> None:
-        """One line of rollouts.jsonl for every rollout, in the order of the prompts; rank 0 writes all ranks' lines."""
+    def record(self, groups: list[Group], stamped: list[Stamped], failed: bool) -> None:
+        """One line of rollouts.jsonl for every rollout, in the order of the prompts; rank 0 writes all ranks' lines.
+
+        failed: the update was left out (in part): the same lines are kept apart, too.
+        """
         lines = {
             (trajectory.group, trajectory.sample): to_json(record(self.done, trajectory, sequence, self.tokenizer))
             for group, sequences in zip(groups, stamped, strict=True)
@@ -207,6 +210,8 @@ class Trainer:
             for key in sorted(every):
                 self.log.append_line(every[key])
             self.log.flush()
+            if failed:
+                health.keep_failed(self.config.run_dir, self.done, [every[key] for key in sorted(every)])
 
     def pass_rate(self, prompts: list[Prompt], samples: int, temperature: float) -> tuple[float, int]:
         """Share of verified samples that pass, and how many got no verdict. RuntimeError when none got one."""
@@ -288,10 +293,12 @@ class Trainer:
         restore_rng(state["trainer"]["rng"])
 
     def run(self) -> Iterator[tuple[int, dict[str, float]]]:
-        """Steps up to `config.steps`, from where the run stands."""
+        """Steps up to `config.steps`, from where the run stands. Unhealthy after too many failed updates in a row."""
         while self.done < self.config.steps:
             metrics = self.step()
             yield self.done, metrics
+            skipped, limit = self.learner.skipped_in_a_row, self.config.learner.max_skipped_updates
+            health.check(self.config.run_dir, self.done, skipped, limit)
 
 
 def _hash(*what: object) -> int:

@@ -21,7 +21,7 @@ SETTINGS = {
 
 def make(stack: ExitStack, folder, **changed: str):
     words = [w for k, v in {**SETTINGS, **changed}.items() for w in (f"--{k.replace('__', '.')}", v)]
-    config, _, _ = train.parse(["--out", str(folder / "run"), *words])
+    config, *_ = train.parse(["--out", str(folder / "run"), *words])
     config.run_dir.mkdir()
     return train.build(config, stack)
 

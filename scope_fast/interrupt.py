@@ -1,0 +1,49 @@
+"""SIGTERM and Ctrl-C: the first one ends the run after the step under way, the second one at once.
+
+A preempted job, or a person at a terminal, so loses nothing: the step is finished, a checkpoint is written and the run
+exits with 0. The decision is taken between steps by all ranks together, since the signal may reach only one of them.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from types import FrameType
+
+from scope_fast import distributed
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Interrupt:
+    """A context manager; inside it a first signal is remembered, and the next has the system's own effect.
+
+    A signal that was ignored before (as a shell does with Ctrl-C for jobs in the background) stays ignored. To be
+    entered in the main thread, the only one Python delivers signals to.
+    """
+
+    def __init__(self) -> None:
+        self._received: signal.Signals | None = None
+
+    def __enter__(self) -> Interrupt:
+        found = {number: signal.getsignal(number) for number in SIGNALS}
+        self._previous = {number: handler for number, handler in found.items() if handler is not signal.SIG_IGN}
+        for number in self._previous:
+            signal.signal(number, self._remember)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self._received = signal.Signals(number)
+        for each in self._previous:
+            signal.signal(each, signal.SIG_DFL)
+        # not print: a signal may come in the middle of one, and a buffered file cannot be entered twice
+        text = f"\n{self._received.name}: stopping after the step under way, with a checkpoint; again stops at once\n"
+        os.write(2, text.encode())
+
+    def requested(self) -> bool:
+        """Whether any rank was told to stop; the same answer on all of them. Collective."""
+        return any(distributed.gather(self._received is not None))
