@@ -4,11 +4,12 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 ARGS ?=
 
-.PHONY: help install train test lint clean
+.PHONY: help install train test test-verl lint clean
 
 help:
 	@echo "make train [ARGS='--method grpo --steps 20']   set up, then train (the embedded default without ARGS)"
 	@echo "make test  [ARGS='tests/test_verifier.py']     set up, then run the tests"
+	@echo "make test-verl                                 those of the verl drop-in, in an environment of their own"
 	@echo "make lint | install | clean"
 
 install:
@@ -17,9 +18,17 @@ install:
 train: install
 	TORCH_CPP_LOG_LEVEL=ERROR $(RUN) -m scope_fast.train $(ARGS)
 
+# All of them, verl's first, unless ARGS choose; fails if either part does, and ends with the ordinary part's summary.
 test:
 	@$(PYTHON) install.py --venv $(VENV) --dev
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
+	@status=0; \
+	$(if $(strip $(ARGS)),,$(MAKE) --no-print-directory test-verl || status=$$?;) \
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile $(ARGS) || status=$$?; \
+	exit $$status
+
+test-verl:
+	@$(PYTHON) install.py --venv $(VENV)-verl --verl
+	OMP_NUM_THREADS=1 $(VENV)-verl/bin/python -m pytest tests/test_verl.py
 
 lint:
 	@$(PYTHON) install.py --venv $(VENV) --dev
@@ -27,4 +36,4 @@ lint:
 	$(RUN) -m ruff format --check .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-verl build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

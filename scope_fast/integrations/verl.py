@@ -9,8 +9,8 @@ the pure-RL part, the numbers of its vanilla loss for every loss_agg_mode, dual 
 Mixed batches go through `set_scope_loss(worker_group, actor_config)`, called once after the workers are up: it has
 every worker train with `mixed_loss`, which reads one more entry of the batch,
 
-    "scope_segment": one `Segment` per response token (1 the student's, 2 the teacher's, 0 neither), as a tensor, nested
-    or padded like `responses`, or as lists (an agent loop's extra field)
+    "scope_segment": one `Segment` per response token (1 the student's, 2 the teacher's, 0 neither): a tensor, nested or
+    padded like `responses`, or lists; or lists of that name in an agent loop's `extra_fields`
 
 The student's tokens keep verl's own ppo_loss (policy loss, KL, entropy bonus); the teacher's add nll_coef times their
 weighted likelihood, aggregated by the same loss_agg_mode over the same global counts ("joint" in our words).
@@ -119,12 +119,10 @@ def mixed_loss(
 ) -> tuple[Tensor, dict[str, Any]]:
     """verl's ppo_loss on the student's tokens of a micro-batch, plus nll_coef * NLL on the teacher's.
 
-    Raises KeyError for a batch without "scope_segment", ValueError for one that does not cover the responses.
+    Raises KeyError for a batch without "scope_segment", ValueError where it has another shape than the responses.
     """
-    if "scope_segment" not in data:
-        raise KeyError('the batch has no "scope_segment": one Segment per response token; without repairs use ppo_loss')
-    mask = _padded(data["response_mask"], data["response_mask"].shape[0]).bool()
-    segment = _segments(data["scope_segment"], mask)
+    mask = _padded(data["response_mask"]).bool()
+    segment = _segments(data, mask)
     rl = data.copy()  # a shallow copy: the batch itself keeps its mask
     rl["response_mask"] = _like(data["response_mask"], mask & (segment == Segment.RL))
     policy_loss, metrics = losses.ppo_loss(config, model_output, rl, dp_group)
@@ -149,33 +147,33 @@ def mixed_loss(
     return policy_loss + nll_loss, metrics
 
 
-def _padded(values: Tensor, num_rows: int) -> Tensor:
+def _padded(values: Tensor) -> Tensor:
     """(B, R) of a nested or already padded tensor; padding is 0."""
-    if not values.is_nested:
-        return values
-    return torch.nested.to_padded_tensor(values, 0)[:num_rows]
+    return torch.nested.to_padded_tensor(values, 0) if values.is_nested else values
 
 
 def _like(original: Tensor, padded: Tensor) -> Tensor:
     """`padded` (B, R) in the layout and dtype of `original`."""
     padded = padded.to(original.dtype)
-    if not original.is_nested:
-        return padded
-    lengths = original.offsets().diff()
-    inside = torch.arange(padded.shape[1], device=padded.device) < lengths.unsqueeze(1)
-    return torch.nested.nested_tensor_from_jagged(padded[inside], offsets=original.offsets())
+    return padding.response_to_nested(padded, original) if original.is_nested else padded
 
 
-def _segments(segment: Any, mask: Tensor) -> Tensor:
-    """(B, R) uint8 from a nested or padded tensor or from lists."""
-    if not isinstance(segment, Tensor):
-        rows = [torch.as_tensor(list(row), dtype=torch.uint8) for row in segment]
-        segment = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    segment = _padded(segment, mask.shape[0]).to(mask.device, torch.uint8)
-    segment = torch.nn.functional.pad(segment, (0, max(0, mask.shape[1] - segment.shape[1])))
-    if segment.shape != mask.shape:
-        raise ValueError(f"scope_segment {tuple(segment.shape)}: expected {tuple(mask.shape)}, like response_mask")
-    return segment
+def _segments(data: Any, mask: Tensor) -> Tensor:
+    """(B, R) uint8 from the batch's "scope_segment", wherever it is and whatever it is made of."""
+    if "scope_segment" in data:
+        found = data["scope_segment"]
+    elif "extra_fields" in data and all("scope_segment" in row for row in data["extra_fields"]):
+        found = [row["scope_segment"] for row in data["extra_fields"]]
+    else:
+        raise KeyError('the batch has no "scope_segment": one Segment per response token; without repairs use ppo_loss')
+    if not isinstance(found, Tensor):
+        rows = [torch.tensor(list(row), dtype=torch.uint8) for row in found]
+        found = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    found = _padded(found).to(mask.device, torch.uint8)
+    found = torch.nn.functional.pad(found, (0, max(0, mask.shape[1] - found.shape[1])))
+    if found.shape != mask.shape:
+        raise ValueError(f"scope_segment {tuple(found.shape)}: expected {tuple(mask.shape)}, like response_mask")
+    return found
 
 
 def fused_head(
