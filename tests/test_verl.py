@@ -92,7 +92,7 @@ def test_external_lib_is_a_module_that_registers_on_import():
         "assert 'scope' not in c.POLICY_LOSS_REGISTRY\n"
         "load('scope_fast.integrations.verl'); assert 'scope' in c.POLICY_LOSS_REGISTRY\n"
         "from verl.utils.kernel import linear_cross_entropy as head; before = head.linear_cross_entropy\n"
-        "load(['scope_fast.integrations.verl_head']); assert head.linear_cross_entropy is not before\n"
+        "load('scope_fast.integrations.verl_head'); assert head.linear_cross_entropy is not before\n"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -295,3 +295,40 @@ def test_another_verl_is_refused_by_name(monkeypatch):
     monkeypatch.setitem(sys.modules, "verl.trainer.ppo", None)
     with pytest.raises(ImportError, match=r"scope_fast\.integrations\.verl needs verl 0\.9"):
         ours._import_verl()
+
+
+# -- the recipe -------------------------------------------------------------------------------------------------------
+
+
+def test_the_recipe_is_a_configuration_of_verls():
+    """Composed by hydra with verl's own files: every key exists there, and what we name is what we register."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    with initialize_config_dir(str(ROOT / "configs" / "verl"), version_base=None):
+        config = compose("scope-ray", overrides=["trainer.nnodes=4"])
+    verls = OmegaConf.to_container(config)
+    recipe = OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "verl" / "scope-ray.yaml"))
+    assert config.trainer.nnodes == 4 and config.data.train_batch_size == 128
+    assert get_policy_loss_fn(config.actor_rollout_ref.actor.policy_loss.loss_mode) is ours.scope_policy_loss
+    assert config.actor_rollout_ref.model.external_lib == "scope_fast.integrations.verl_head"
+    base = compose_base()
+    unknown = [path for path in paths(recipe) if not path.startswith(("hydra", "defaults")) and path not in base]
+    assert unknown == [] and "actor_rollout_ref.actor.policy_loss.loss_mode" in set(paths(verls))
+
+
+def compose_base():
+    """Every dotted key of verl's own PPO configuration."""
+    import verl.trainer.config as home
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    with initialize_config_dir(str(Path(home.__file__).parent), version_base=None):
+        return set(paths(OmegaConf.to_container(compose("ppo_trainer"))))
+
+
+def paths(tree, prefix=""):
+    for key, value in tree.items():
+        yield prefix + key
+        if isinstance(value, dict):
+            yield from paths(value, f"{prefix}{key}.")

@@ -16,7 +16,7 @@ The student's tokens keep verl's own ppo_loss (policy loss, KL, entropy bonus); 
 weighted likelihood, aggregated by the same loss_agg_mode over the same global counts ("joint" in our words).
 
 `patch_fused_head()` puts `linear_logprob` in the place of verl's Triton head (use_fused_kernels=True with
-fused_kernel_options.impl_backend=triton); importing scope_fast.integrations.verl_head does it too, for external_lib.
+fused_kernel_options.impl_backend=triton); external_lib=scope_fast.integrations.verl_head does both.
 Recipe for several nodes on Ray: configs/verl/.
 """
 
