@@ -127,5 +127,5 @@ def test_what_it_cannot_do_raises_by_name(options, message):
 
 
 def test_a_kl_without_a_reference_is_refused():
-    with pytest.raises(ValueError, match="beta=0.04 needs ref_per_token_logps, or ref_input and ref_weight"):
+    with pytest.raises(ValueError, match=r"beta=0\.04 needs ref_per_token_logps, or ref_input and ref_weight"):
         LigerFusedLinearGRPOLoss()(**problem(ref_per_token_logps=None))

@@ -324,7 +324,7 @@ def test_options_scope_cannot_express_are_refused(tmp_path, changes, message):
 def test_models_with_rescaled_logits_are_refused():
     model = tiny_model()
     model.config.final_logit_softcapping = 30.0
-    with pytest.raises(ValueError, match="final_logit_softcapping=30.0 is not supported by the fused head"):
+    with pytest.raises(ValueError, match=r"final_logit_softcapping=30\.0 is not supported by the fused head"):
         ours.replace_fused_head(model, 1.0, False)
 
 

@@ -22,8 +22,8 @@ from verl.workers.utils.losses import ppo_loss
 
 from scope_fast import LossOptions, Segment, TokenStreams
 from scope_fast.integrations import verl as ours
-from scope_fast.ops.linear_logprob import linear_logprob
 from scope_fast.losses import scope_loss
+from scope_fast.ops.linear_logprob import linear_logprob
 
 ROOT = Path(__file__).resolve().parents[1]
 MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
@@ -216,13 +216,13 @@ def test_a_micro_batch_that_lacks_one_kind_of_token_is_finite(kind, mode):
 def test_a_batch_without_segments_or_with_others_is_refused():
     config = actor()
     data, output, _, _ = mixed_batch(SEGMENTS, form="none")
-    with pytest.raises(KeyError, match="the batch has no \"scope_segment\""):
+    with pytest.raises(KeyError, match='the batch has no "scope_segment"'):
         ours.mixed_loss(config, output, data)
     data["scope_segment"] = torch.ones(3, 7, dtype=torch.uint8)
     with pytest.raises(ValueError, match=r"scope_segment \(3, 7\): expected \(3, 5\), like response_mask"):
         ours.mixed_loss(config, output, data)
     data, output, _, _ = mixed_batch(SEGMENTS)
-    with pytest.raises(ValueError, match="set actor.calculate_entropy=True"):
+    with pytest.raises(ValueError, match=r"set actor\.calculate_entropy=True"):
         ours.mixed_loss(config, {"log_probs": output["log_probs"]}, data, nll_shape="entropy")
 
 

@@ -54,7 +54,9 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         if loss_type not in LOSS_TYPES:
             raise ValueError(f"loss_type={loss_type!r} is not supported: expected one of {', '.join(LOSS_TYPES)}")
         if importance_sampling_level != "token":
-            raise ValueError(f"importance_sampling_level={importance_sampling_level!r} is not supported: expected token")
+            raise ValueError(
+                f"importance_sampling_level={importance_sampling_level!r} is not supported: expected token"
+            )
         if use_bias_correction_kl and beta:
             raise ValueError("use_bias_correction_kl=True is not supported")
         if delta is not None and delta <= 1.0 + epsilon_high:

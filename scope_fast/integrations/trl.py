@@ -77,7 +77,9 @@ def _import_trl() -> tuple[type, type, type]:
         from trl import GRPOConfig, GRPOTrainer
         from trl.trainer import utils
     except ImportError as error:
-        raise ImportError(f"scope_fast.integrations.trl needs trl {VERSIONS} (pip install 'scope-fast[trl]')") from error
+        raise ImportError(
+            f"scope_fast.integrations.trl needs trl {VERSIONS} (pip install 'scope-fast[trl]')"
+        ) from error
     owners = {"GRPOTrainer": GRPOTrainer}
     found = {}
     for name in HOOKS:
@@ -173,7 +175,9 @@ def replace_fused_head(
     model.forward = types.MethodType(scoring_forward, model)
 
 
-def _score(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, temperature: float, backend: str | None):
+def _score(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, temperature: float, backend: str | None
+):
     """FusedCausalLMOutput of the labels that are not -100; every per-token field is (B, L - 1), zero elsewhere."""
     mask = labels[:, 1:] != -100
     scored = linear_logprob(

@@ -140,9 +140,7 @@ def mixed_loss(
     )
     entropy = None if entropy is None else padding.no_padding_2_padding(entropy, data).flatten()
     nll_loss, _ = scope_loss(log_prob.flatten(), streams, LossOptions(nll_shape=nll_shape), entropy=entropy)
-    metrics["actor/nll_loss"] = metric.Metric(
-        value=nll_loss.detach(), aggregation=metrics["actor/pg_loss"].aggregation
-    )
+    metrics["actor/nll_loss"] = metric.Metric(value=nll_loss.detach(), aggregation=metrics["actor/pg_loss"].aggregation)
     metrics["actor/nll_tokens"] = metric.Metric(value=nll.sum(), aggregation=metric.AggregationType.SUM)
     return policy_loss + nll_loss, metrics
 
