@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -347,3 +348,17 @@ def test_without_trl_the_import_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "trl", None)
     with pytest.raises(ImportError, match=r"needs trl 1\.16 \(pip install 'scope-fast\[trl\]'\)"):
         ours._import_trl()
+
+
+@pytest.mark.parametrize("stem", ["trl", "learner"])
+def test_the_benchmark_measures_equal_work(monkeypatch, stem):
+    """python -m bench trl, learner: every trainer's loss and gradient norm against float64, at a tiny shape."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1]))
+    from bench import harness
+
+    module = importlib.import_module(f"bench.bench_{stem}")
+    for spec in module.specs("cpu", (96, 64, 300), None, peers=True):
+        case = harness.measure(spec, module, repeats=1, memory=False)
+        trainers = [row for row in case["variants"] if row["role"] != "limit"]
+        assert len(trainers) == {"trl": 3, "learner": 2}[stem]
+        assert all(row["agrees"] and row["errors"]["loss"] < 1e-5 for row in trainers), trainers

@@ -119,7 +119,7 @@ def scope_options(args: GRPOConfig) -> LossOptions:
         "importance_sampling_level": args.importance_sampling_level != "token",
         "top_entropy_quantile": args.top_entropy_quantile < 1.0,
         "off_policy_mask_threshold": args.off_policy_mask_threshold is not None,
-        "use_bias_correction_kl": args.beta != 0.0 and args.use_bias_correction_kl,
+        "use_bias_correction_kl": args.beta != 0.0 and args.use_bias_correction_kl,  # TRL's default: set it to False
         "use_adaptive_entropy": args.use_adaptive_entropy,
         "entropy_coef": args.entropy_coef != 0.0,  # TRL means it over a micro-batch, whatever normalises the policy
     }
