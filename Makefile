@@ -2,15 +2,17 @@
 PYTHON ?= python3
 VENV ?= .venv
 # the installer leaves bytecode to the first import; where that may not write it, every process would compile it anew
-RUN := env -u PYTHONDONTWRITEBYTECODE $(VENV)/bin/python
+CLEAN := env -u PYTHONDONTWRITEBYTECODE
+RUN := $(CLEAN) $(VENV)/bin/python
 ARGS ?=
 
-.PHONY: help install train test test-kill lint clean
+.PHONY: help install train test test-kill test-verl lint clean
 
 help:
 	@echo "make train [ARGS='--method grpo --steps 20']   set up, then train (the embedded default without ARGS)"
 	@echo "make test  [ARGS='tests/test_verifier.py']     set up, then run the tests"
 	@echo "make test-kill                                 kill -9 a run 20 times, and compare it with an unbroken one"
+	@echo "make test-verl                                 those of the verl drop-in, in an environment of their own"
 	@echo "make lint | install | clean"
 
 install:
@@ -19,9 +21,17 @@ install:
 train: install
 	TORCH_CPP_LOG_LEVEL=ERROR $(RUN) -m scope_fast.train $(ARGS)
 
+# All of them, verl's first, unless ARGS choose; fails if either part does, and ends with the ordinary part's summary.
 test:
 	@$(PYTHON) install.py --venv $(VENV) --dev
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
+	@status=0; \
+	$(if $(strip $(ARGS)),,$(MAKE) --no-print-directory test-verl || status=$$?;) \
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile $(ARGS) || status=$$?; \
+	exit $$status
+
+test-verl:
+	@$(PYTHON) install.py --venv $(VENV)-verl --verl
+	OMP_NUM_THREADS=1 $(CLEAN) $(VENV)-verl/bin/python -m pytest tests/test_verl.py
 
 test-kill:
 	@$(PYTHON) install.py --venv $(VENV) --dev
@@ -33,4 +43,4 @@ lint:
 	$(RUN) -m ruff format --check .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-verl build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

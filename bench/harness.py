@@ -66,11 +66,11 @@ class Formula:
     """How much work one call is, in units of a rate, and the words that say so."""
 
     amount: float
-    unit: str  # "TFLOP/s" or "GB/s"
+    unit: str  # "TFLOP/s", "GB/s" or "tokens/s"
     text: str
 
     def rate(self, seconds: float) -> float:
-        return self.amount / seconds / {"TFLOP/s": 1e12, "GB/s": 1e9}[self.unit]
+        return self.amount / seconds / {"TFLOP/s": 1e12, "GB/s": 1e9, "tokens/s": 1.0}[self.unit]
 
 
 @dataclass(frozen=True)

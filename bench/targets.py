@@ -83,6 +83,17 @@ def cpu_targets(record: dict) -> Iterator[tuple]:
     rows = rows_of(record, "weight_sync", "two ranks", "bfloat16", BUCKET_SHAPES["cpu"])
     share = over(rows, "full_tensor", "scope_fast cpu")
     yield "weight_sync two ranks: times faster than a full_tensor per parameter", share, 2, False
+    yield from trainer_targets(record, "float32")
+
+
+def trainer_targets(record: dict, dtype: str) -> Iterator[tuple]:
+    rows = rows_of(record, "trl", "compute_loss+backward", dtype)
+    for name in ("scope_fast head", "scope_fast loss"):
+        ratio = over(rows, "trl GRPOTrainer", name)
+        yield f"TRL's compute_loss + backward, {name}: times faster than TRL's own", ratio, 2, False
+    for case in ("all groups", "half of the groups equal"):
+        ratio = over(rows_of(record, "learner", case, dtype), "trl GRPOTrainer", "scope_fast learner")
+        yield f"learner's step, {case}: times the tokens/s of TRL's", ratio, 2, False
 
 
 def pool_pair(rows: Rows) -> tuple[str, str]:
