@@ -133,7 +133,7 @@ def test_a_second_out_of_memory_error_is_raised(monkeypatch):
 
 
 def test_gradients_survive_a_split():
-    """Parts of a micro-batch are what packing under the smaller budget could have made: same sequences and streams."""
+    """Parts of a micro-batch are what packing under the smaller budget could have made: same tokens and streams."""
     minibatch = [q for q in mixture() if any(s in (RL, NLL) for s in q.segment)]
     (batch,) = pack(minibatch, 10_000, LossOptions(), 10, 10)
     parts = split(batch, 25)

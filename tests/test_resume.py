@@ -92,8 +92,8 @@ def killed_and_resumed(out: Path, kills: int, length_s: float, rng: random.Rando
             wait_for(lambda known=known: set(out.glob("checkpoints/.tmp-*")) - known, process)
             time.sleep(rng.uniform(0.0, 0.02))
         else:
-            moment = time.monotonic() + rng.uniform(0.0, length_s)
-            wait_for(lambda moment=moment: time.monotonic() > moment, process)
+            end = time.monotonic() + rng.uniform(0.0, length_s)
+            wait_for(lambda end=end: time.monotonic() > end, process)
         hit += kill(process)
         half_written += any(out.glob("checkpoints/.tmp-*"))
     finish(command(out), out.with_suffix(".last.log"))
