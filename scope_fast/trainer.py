@@ -30,7 +30,7 @@ from scope_fast.scope.localize import first_error, is_near_miss, valid_probs
 from scope_fast.scope.rectify import Rejected, splice
 from scope_fast.scope.steps import TokenBytes, split_steps
 from scope_fast.scope.trajectory import Prompt, Trajectory
-from scope_fast.teacher import Reply, Request, Teacher, TeacherError, ask
+from scope_fast.teacher import Reply, Request, Teacher, TeacherError, ask, counts_of
 from scope_fast.verifier import Verifier
 
 Group = list[Trajectory]
@@ -235,11 +235,13 @@ class Trainer:
         """The step's metrics, of all ranks; what is undefined is left out."""
         mine = (self._sums(groups, chosen), self._values(groups), self.timer.metrics())
         sums, values, seconds = zip(*distributed.gather(mine), strict=True)
+        asked = distributed.gather(counts_of(self.teacher))  # a rank that asked nothing counts nothing
         result = {
             **learned,
             **{name: sum(part[name] for part in sums) for name in sums[0]},
             **fold({name: [v for part in values for v in part[name]] for name in values[0]}),
             **self.data.take_counts(),  # the same on every rank
+            **{name: sum(part.get(name, 0) for part in asked) for name in sorted(set().union(*asked))},
             "sync/weight_version": self.engine.version,
             **{name: max(part[name] for part in seconds) for name in seconds[0]},  # the others wait for the slowest
         }
