@@ -8,6 +8,7 @@
 
 #include <cstring>
 
+#include "cpu/huge_pages.h"
 #include "cpu/pack.h"
 
 namespace scope_fast {
@@ -60,6 +61,7 @@ void weight_bucket_copy(at::TensorList sources, at::TensorList destinations) {
       at::copy_out(const_cast<Tensor&>(to), to, from);  // strided, or a rare cast: torch's own kernel
       continue;
     }
+    advise_huge(to.mutable_data_ptr(), to.nbytes());  // a bucket is often fresh memory
     pieces.push_back({static_cast<const char*>(from.const_data_ptr()), static_cast<char*>(to.mutable_data_ptr()),
                       from.numel(), static_cast<int64_t>(from.element_size()), static_cast<int64_t>(to.element_size()), *kind});
     start.push_back(start.back() + to.nbytes());

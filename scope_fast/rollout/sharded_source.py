@@ -33,6 +33,7 @@ class ShardedSource:
 
     def __init__(self, module: torch.nn.Module, dtype: torch.dtype | None = None, bucket_bytes: int = 64 << 20) -> None:
         self._dtype, self._bucket_bytes = dtype, bucket_bytes
+        self._gathered: torch.Tensor | None = None  # the ranks' slots, kept: fresh pages would cost as much as the copy
         self._names: dict[torch.Tensor, list[str]] = {}  # a tied parameter is gathered once, and comes under all names
         for name, parameter in module.named_parameters(remove_duplicate=False):
             _check_placement(name, parameter)
@@ -48,7 +49,7 @@ class ShardedSource:
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         for number, bucket in enumerate(self._buckets()):
             try:
-                tensors = gather_bucket([parameter.detach() for parameter in bucket], self._dtype)
+                tensors = self._gather_bucket([parameter.detach() for parameter in bucket])
             except RuntimeError as error:  # of gloo and NCCL alike; they know neither the rank nor the phase
                 where = f"rank {dist.get_rank()}, gather of bucket {number}"
                 raise RuntimeError(f"weight sync: {where}: {error}") from error
@@ -72,30 +73,35 @@ class ShardedSource:
         if held:
             yield held
 
+    def _gather_bucket(self, parameters: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Full tensors of DTensors that share a shard group, with one all-gather; plain tensors as they are, cast."""
+        sharded = [p for p in parameters if isinstance(p, DTensor)]
+        full = iter(self._gather(sharded) if sharded else ())
+        return [next(full) if isinstance(p, DTensor) else _cast(p, self._dtype) for p in parameters]
 
-def gather_bucket(parameters: list[torch.Tensor], dtype: torch.dtype | None = None) -> list[torch.Tensor]:
-    """Full tensors of DTensors that share a shard group (plain tensors: as they are, cast), with one all-gather."""
-    sharded = [p for p in parameters if isinstance(p, DTensor)]
-    full = iter(_gather(sharded, dtype) if sharded else ())
-    return [next(full) if isinstance(p, DTensor) else _cast(p, dtype) for p in parameters]
+    def _gather(self, parameters: list[DTensor]) -> list[torch.Tensor]:
+        mesh = parameters[0].device_mesh
+        shard_dim = mesh.ndim - 1
+        group, ranks = mesh.get_group(shard_dim), mesh.size(shard_dim)
+        locals_ = [p.to_local() for p in parameters]
+        if ranks == 1:
+            return weight_bucket.unpack(*weight_bucket.pack(locals_, self._dtype))
+        # the parts of rank 0 are the largest, so its bucket is: every rank knows every rank's table without being told
+        tables = [weight_bucket.layout(_parts(parameters, ranks, r), self._dtype) for r in range(ranks)]
+        slots = self._slots(ranks, tables[0][1], locals_[0].device)
+        mine = slots[
+            mesh.get_local_rank(shard_dim)
+        ]  # packed where it will lie: the gather moves only the others' parts
+        weight_bucket.pack(locals_, self._dtype, out=mine)
+        dist.all_gather_into_tensor(slots.view(-1), mine, group=group)
+        parts = [weight_bucket.unpack(slots[r], table) for r, (table, _) in enumerate(tables)]
+        return [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
 
-
-def _gather(parameters: list[DTensor], dtype: torch.dtype | None) -> list[torch.Tensor]:
-    mesh = parameters[0].device_mesh
-    shard_dim = mesh.ndim - 1
-    group, ranks = mesh.get_group(shard_dim), mesh.size(shard_dim)
-    # the parts of rank 0 are the largest, so its bucket is: every rank knows every rank's table without being told
-    tables = [weight_bucket.layout(_parts(parameters, ranks, r), dtype) for r in range(ranks)]
-    slot_bytes = tables[0][1]
-    device = parameters[0].to_local().device
-    gathered = torch.empty(ranks * slot_bytes, dtype=torch.uint8, device=device)
-    slots = gathered.view(ranks, slot_bytes)
-    mine = slots[mesh.get_local_rank(shard_dim)]  # packed where it will lie: the gather moves only the others' parts
-    weight_bucket.pack([p.to_local() for p in parameters], dtype, out=mine)
-    if ranks > 1:
-        dist.all_gather_into_tensor(gathered, mine, group=group)
-    parts = [weight_bucket.unpack(slots[r], table) for r, (table, _) in enumerate(tables)]
-    return [torch.cat(pieces) if ranks > 1 else pieces[0] for pieces in zip(*parts, strict=True)]
+    def _slots(self, ranks: int, slot_bytes: int, device: torch.device) -> torch.Tensor:
+        """(ranks, slot_bytes) of memory that was used before, where there is enough of it."""
+        if self._gathered is None or self._gathered.numel() < ranks * slot_bytes:
+            self._gathered = torch.empty(ranks * slot_bytes, dtype=torch.uint8, device=device)
+        return self._gathered[: ranks * slot_bytes].view(ranks, slot_bytes)
 
 
 def _parts(parameters: list[DTensor], ranks: int, rank: int) -> list[torch.Tensor]:
