@@ -90,7 +90,7 @@ METRICS: dict[str, Metric] = {
                 )
             ),
         )
-    },  # fmt: skip
+    },
     "prompts/dropped": Metric("count", "Prompts without a single verified rollout"),
     "data/skipped_long": Metric("count", "Prompts skipped because they leave no room in the context"),
     "data/skipped_heldout": Metric("count", "Prompts passed over because their text is also a held-out one"),
