@@ -66,6 +66,32 @@ METRICS: dict[str, Metric] = {
     "verifier/crashes": Metric("count", "Rollouts whose verification crashed"),
     "prm/invalid": Metric("count", "Rollouts with a step probability that is no probability"),
     "teacher/errors": Metric("count", "Chosen rollouts the teacher gave no suffix for"),
+    **{
+        f"teacher/{name}": Metric("count", f"Endpoint teacher: {name.replace('/', ', ').replace('_', ' ')}")
+        for name in (
+            "requests",
+            "finished",
+            "unfinished",
+            "cached",
+            "retries",
+            "error/budget",
+            "error/cache",
+            "error/deadline",
+            *(
+                f"{kind}/{why}"
+                for kind in ("fault", "error")
+                for why in (
+                    "rate_limit",
+                    "server",
+                    "timeout",
+                    "connection",
+                    "bad_json",
+                    "empty",
+                    "refused",
+                )
+            ),
+        )
+    },
     "prompts/dropped": Metric("count", "Prompts without a single verified rollout"),
     "data/skipped_long": Metric("count", "Prompts skipped because they leave no room in the context"),
     "data/skipped_heldout": Metric("count", "Prompts passed over because their text is also a held-out one"),
