@@ -12,14 +12,14 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.errors import BaseError
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).resolve().parent
 SOURCES = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").glob("*.cpp"))]
 SOURCES += [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]
 CUDA_SOURCES = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
 
 
-def skipped(reason):
-    print(f"scope_fast._native is not built: {reason}", file=sys.stderr)
+def skipped(reason, what=""):
+    print(f"scope_fast._native{what} is not built: {reason}", file=sys.stderr)
     return {}
 
 
@@ -33,14 +33,28 @@ def native_extension():
     except ImportError as error:
         return skipped(f"{error}; install torch first, then this package with --no-build-isolation")
 
+    # ninja and the version checks of torch raise RuntimeError, a missing compiler OSError or CalledProcessError
+    failures = (BaseError, OSError, RuntimeError, subprocess.CalledProcessError)
+
     class OptionalBuild(cpp_extension.BuildExtension):
         def build_extensions(self):
             try:
                 super().build_extensions()
-            # ninja and the version checks of torch raise RuntimeError, a missing compiler OSError or CalledProcessError
-            except (BaseError, OSError, RuntimeError, subprocess.CalledProcessError) as error:
+            except failures as error:
+                skipped(f"{type(error).__name__}: {error}", " with its CUDA kernels" if with_cuda else "")
+                if not (with_cuda and self.build_without_cuda()):
+                    self.extensions = []  # nothing to copy or to put in the wheel
+
+        def build_without_cuda(self):
+            for extension in self.extensions:
+                extension.sources, extension.define_macros = list(SOURCES), []
+                extension.libraries = [name for name in extension.libraries if "cuda" not in name]
+            try:
+                super().build_extensions()
+            except failures as error:
                 skipped(f"{type(error).__name__}: {error}")
-                self.extensions = []  # nothing to copy or to put in the wheel
+                return False
+            return True
 
     # at::parallel_for is a header template: compiled without OpenMP it runs on one thread
     openmp = ["-fopenmp"] if sys.platform == "linux" else []
