@@ -53,7 +53,7 @@ MAY_CHANGE = frozenset(  # between the parts of a resumed run
 )
 LAST = ("export", "report.html")  # what is made after the last step, in this order
 
-console = Console(highlight=False)
+console = Console(highlight=False, soft_wrap=True)  # a path is not broken in the middle
 
 
 @record  # under torchrun the reason of the rank that failed first goes on top
@@ -71,7 +71,7 @@ def run(config: Config, resume: str, dry_run: bool, source: replay.Source | None
             return show_replay(config, source)
         if dry_run:
             console.print(to_yaml(config), markup=False, end="")
-            console.print(plan.describe(config), markup=False, soft_wrap=True)
+            console.print(plan.describe(config), markup=False)
             return 0
         start = claim(config, resume)
         if finished(config, start):
@@ -80,12 +80,12 @@ def run(config: Config, resume: str, dry_run: bool, source: replay.Source | None
         with Interrupt() as interrupt, ExitStack() as stack:
             train(build(config, stack), start, stack, interrupt)
     except (WriteFailed, health.Unhealthy) as error:
-        console.print(f"error: {error}", markup=False, soft_wrap=True)
+        console.print(f"error: {error}", markup=False)
         if isinstance(error, WriteFailed):
             console.print("what was saved before is whole: make room and run the same command again to go on from it")
         return 1
     except (ValueError, FileNotFoundError, ImportError) as error:  # what is asked for cannot be: the message is enough
-        console.print(f"error: {error}", markup=False, soft_wrap=True)
+        console.print(f"error: {error}", markup=False)
         return 2
     return 0
 
@@ -346,7 +346,7 @@ def train(trainer: Trainer, start: Path | None, stack: ExitStack, interrupt: Int
     checkpoint.export(out, trainer.learner.model, trainer.tokenizer)
     if config.logging.report and distributed.is_main():
         with writing("the report", out / "report.html"):
-            console.print(f"report: {write_report(out)}", markup=False, soft_wrap=True)
+            console.print(f"report: {write_report(out)}", markup=False)
 
 
 def save(trainer: Trainer) -> None:
@@ -371,11 +371,11 @@ def show_replay(config: Config, source: replay.Source) -> int:
     for result in replay.replay(make_learner(config, student), source):
         status |= bool(result.differing)
         verdict = f"differs in {', '.join(result.differing)}" if result.differing else "the same"
-        console.print(f"step {result.step} replayed: {verdict}", markup=False, soft_wrap=True)
+        console.print(f"step {result.step} replayed: {verdict}", markup=False)
     for name in sorted(result.now):
         mark = "  <- differs" if name in result.differing else ""
         line = f"{name:26} logged {result.logged.get(name)!r:24} now {result.now[name]!r:24}{mark}"
-        console.print(line, markup=False, soft_wrap=True)
+        console.print(line, markup=False)
     return status
 
 

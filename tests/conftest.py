@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from fixtures.runs import unbroken_run  # noqa: F401  a fixture of several files
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")

@@ -1,0 +1,84 @@
+"""Runs that are told to stop, or run out of disk: what they leave behind goes on bit for bit."""
+
+import os
+import re
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+from fixtures.runs import STEPS, command, finish, result, start, wait_for
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_and_saves_it(number, unbroken_run, tmp_path):
+    out, log = tmp_path / "run", tmp_path / "log"
+    process = start(command(out, checkpoint__every=0), log)
+    assert wait_for(lambda: re.search(r"^ +2/12 ", log.read_text(), re.M), process)
+    process.send_signal(number)
+    assert process.wait(timeout=60) == 0, log.read_text()
+    (saved,) = (out / "checkpoints").iterdir()
+    step = saved.name.removeprefix("step_")
+    assert f"{number.name}: stopping after the step under way" in log.read_text()
+    assert f"stopped after step {step}, which is saved" in log.read_text()
+    assert not (out / "export").exists() and int(step) < STEPS
+    if number == signal.SIGINT:
+        return  # the same state, and 20 s
+    text = finish(command(out, "--resume=auto", checkpoint__every=0), log)
+    assert f"at step {step}" in text
+    assert result(out) == unbroken_run[:2]
+
+
+def test_a_second_signal_stops_at_once(tmp_path):
+    out, log = tmp_path / "run", tmp_path / "log"
+    process = start(command(out, rollout__prompts_per_step=256, checkpoint__every=0), log)  # a step of many seconds
+    assert wait_for(lambda: "held-out pass rate before" in log.read_text(), process)
+    process.send_signal(signal.SIGTERM)
+    assert wait_for(lambda: "stopping after the step under way" in log.read_text(), process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=5) == -signal.SIGTERM
+    assert not (out / "checkpoints").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 64 MB of its own."""
+    if os.geteuid() != 0:
+        pytest.skip("only root may mount a tmpfs")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", folder], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"no tmpfs to be had: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def fill(disk: Path, room: int) -> Path:
+    """Takes all but `room` bytes."""
+    free = os.statvfs(disk)
+    ballast = disk / "ballast"
+    ballast.write_bytes(bytes(max(0, free.f_bavail * free.f_frsize - room)))
+    return ballast
+
+
+@pytest.mark.parametrize(
+    ("room", "what"),
+    [(1 << 20, r"the checkpoint of step \d+ could not be written to \S+/checkpoints/step_\d+"), (0, r"\S+ could not")],
+)
+def test_a_full_disk_ends_the_run_and_costs_nothing_saved(room, what, unbroken_run, small_disk, tmp_path):
+    out, log = small_disk / "run", tmp_path / "log"
+    process = start(command(out), log)
+    assert wait_for((out / "checkpoints/step_2").exists, process)
+    ballast = fill(small_disk, room)
+    assert process.wait(timeout=120) == 1, log.read_text()
+    text = log.read_text()
+    assert re.search(f"^error: {what}.*: .*No space left on device", text, re.M), text
+    assert str(out) in text and "make room and run the same command again" in text
+    ballast.unlink()
+    if room == 0:
+        return  # the same state, and 20 s
+    assert re.search(r"resumed from \S+/step_\d+ at step", finish(command(out), log))
+    assert result(out) == unbroken_run[:2]
