@@ -6,11 +6,12 @@ CLEAN := env -u PYTHONDONTWRITEBYTECODE
 RUN := $(CLEAN) $(VENV)/bin/python
 ARGS ?=
 
-.PHONY: help install train test test-kill test-verl lint clean
+.PHONY: help install train test test-slow test-kill test-verl lint clean
 
 help:
 	@echo "make train [ARGS='--method grpo --steps 20']   set up, then train (the embedded default without ARGS)"
 	@echo "make test  [ARGS='tests/test_verifier.py']     set up, then run the tests"
+	@echo "make test-slow                                 more of the same kind, minutes each"
 	@echo "make test-kill                                 kill -9 a run 20 times, and compare it with an unbroken one"
 	@echo "make test-verl                                 those of the verl drop-in, in an environment of their own"
 	@echo "make lint | install | clean"
@@ -32,6 +33,10 @@ test:
 test-verl:
 	@$(PYTHON) install.py --venv $(VENV)-verl --verl
 	OMP_NUM_THREADS=1 $(CLEAN) $(VENV)-verl/bin/python -m pytest tests/test_verl.py
+
+test-slow:
+	@$(PYTHON) install.py --venv $(VENV) --dev
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m slow $(ARGS)
 
 test-kill:
 	@$(PYTHON) install.py --venv $(VENV) --dev

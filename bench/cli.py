@@ -14,8 +14,8 @@ import torch
 from bench import harness, report
 from bench.environment import environment
 
-OPS = ("linear_scope_loss", "linear_logprob", "scope_loss", "step_pool", "weight_bucket")
-STEMS = (*OPS, "weight_sync", "trl", "learner")  # the last three are measured where they are named
+PARTS = ("linear_scope_loss", "linear_logprob", "scope_loss", "step_pool", "weight_bucket", "weight_sync")
+STEMS = (*PARTS, "trl", "learner")  # whole trainers, measured where they are named
 DTYPES = ("float32", "bfloat16")
 
 
@@ -28,7 +28,7 @@ def parse_shape(text: str) -> tuple[int, int, int]:
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser("python -m bench", description="Measure the ops against their limits and their peers.")
-    p.add_argument("stems", nargs="*", metavar="STEM", help=f"of {', '.join(STEMS)}; none: the five ops")
+    p.add_argument("stems", nargs="*", metavar="STEM", help=f"of {', '.join(STEMS)}; none: all but trl and learner")
     p.add_argument("--peers", action="store_true", help="measure the installed peers too")
     p.add_argument("--json", metavar="FILE", help="write the record here")
     p.add_argument("--shape", type=parse_shape, metavar="T,D,V", help="one shape in the place of the defaults")
@@ -59,7 +59,7 @@ def run_cases(args: argparse.Namespace) -> dict:
     """Measure every Spec asked for, printing each table as it is done; the record."""
     record = {"environment": environment(args.device), "cases": []}
     report.print_caution(record["environment"])
-    for stem in args.stems or OPS:
+    for stem in args.stems or PARTS:
         module = importlib.import_module(f"bench.bench_{stem}")
         for spec in module.specs(args.device, args.shape, args.dtype and tuple(args.dtype), args.peers):
             if args.case and spec.case not in args.case:

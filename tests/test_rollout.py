@@ -263,7 +263,7 @@ def test_a_folder_named_vllm_is_not_vllm(tmp_path, monkeypatch):
 
 
 def test_unknown_kind(model_dir):
-    with pytest.raises(ValueError, match="kind='sglang': expected auto, vllm or transformers"):
+    with pytest.raises(ValueError, match="kind='sglang': expected auto, vllm, vllm_server or transformers"):
         make_engine("sglang", model_dir)
 
 
