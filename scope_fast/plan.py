@@ -15,11 +15,11 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from scope_fast.config import Config
+from scope_fast.kernels.plan import budget_bytes
 
 GIB = 1 << 30
 RESERVE_BYTES = 4 * GIB  # CUDA context, NCCL buffers, fragmentation: our allowance, not measured
 MASTER_BYTES, GRADIENT_BYTES, MOMENT_BYTES = 4, 4, 8
-LOGITS_BUDGET_BYTES = 4 * GIB  # of the Triton head (kernels/plan.py), which takes less on small devices
 
 
 @dataclass(frozen=True)
@@ -134,9 +134,9 @@ def memory(config: Config, sizes: Sizes, ranks: int, reward_parameters: int = 0)
         kept * token + (sizes.layers - kept) * dtype_bytes * sizes.hidden + (token if kept < sizes.layers else 0)
     )
     gathered = (sizes.root + 2 * sizes.block) * dtype_bytes if ranks > 1 else 0
-    head = min(LOGITS_BUDGET_BYTES, learner.token_budget * sizes.vocabulary * (4 + dtype_bytes))
-    head += sizes.vocabulary * sizes.hidden * 4
     gpu_bytes = config.distributed.gpu_memory_gib * GIB
+    head = min(budget_bytes(int(gpu_bytes)), learner.token_budget * sizes.vocabulary * (4 + dtype_bytes))
+    head += sizes.vocabulary * sizes.hidden * 4
     return Memory(
         weights=MASTER_BYTES * resident,
         gradients=GRADIENT_BYTES * resident,
