@@ -9,6 +9,7 @@ import signal
 import socket
 import threading
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -204,6 +205,20 @@ def assert_gone(leader: int) -> None:
     assert processes_of(leader) == []
 
 
+def generated_tokens(engine):
+    """All the tokens that the server has drawn since its start, by its own account."""
+    with urllib.request.urlopen(f"{engine._process.url}/metrics", timeout=30) as answer:
+        lines = answer.read().decode().splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:generation_tokens_total"))
+
+
+def wait_for_tokens(engine, count):
+    """Requests are in the middle of their responses then, however slow the machine is."""
+    deadline = time.monotonic() + 60.0
+    while generated_tokens(engine) < count:
+        assert time.monotonic() < deadline, f"not {count} tokens within a minute"
+
+
 @needs_vllm
 def test_tokens_in_tokens_out(engine, model):
     assert engine.version == 0
@@ -245,8 +260,9 @@ def test_weights_switched_in_flight(engine, model):
     drawn, seeds = [], [[i] for i in range(12)]
     sampling = Sampling(max_tokens=CONTEXT)
     thread = threading.Thread(target=lambda: drawn.extend(engine.generate([[5, 6]] * 12, 1, sampling, seeds)))
+    so_far = generated_tokens(engine)
     thread.start()
-    time.sleep(0.4)
+    wait_for_tokens(engine, so_far + 100)
     perturb(model, seed=3)
     engine.update_weights(model, 3)
     thread.join()
@@ -273,8 +289,9 @@ def test_a_killed_server_comes_back_once(engine, model, capfd):
     drawn = []
     thread = threading.Thread(target=lambda: drawn.extend(engine.generate([[5, 6]] * 8, 1, sampling, seeds)))
     perturb(model, seed=9)  # the learner is ahead by now: it must not be asked again
+    so_far = generated_tokens(engine)
     thread.start()
-    time.sleep(0.3)
+    wait_for_tokens(engine, so_far + 100)
     os.kill(first, signal.SIGKILL)
     thread.join()
     perturb(model, seed=9)
