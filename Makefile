@@ -27,7 +27,7 @@ test:
 	@$(PYTHON) install.py --venv $(VENV) --dev
 	@status=0; \
 	$(if $(strip $(ARGS)),,$(MAKE) --no-print-directory test-verl || status=$$?;) \
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile $(ARGS) || status=$$?; \
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS) || status=$$?; \
 	exit $$status
 
 test-verl:

@@ -88,6 +88,9 @@ class Rollout(_Section):
 
     engine: Literal["auto", "vllm", "vllm_server", "transformers"] = "auto"
     server_url: str | None = Field(None, description="engine vllm_server: one that runs already; None: start one")
+    overlap: Literal["none", "one_step"] = Field(
+        "none", description="one_step: the next step's rollouts run while this one is learned from (sampler.py)"
+    )
     sync_timeout_s: float = Field(600.0, gt=0, description="longest wait of a weight sync")
     prompts_per_step: Positive = 16
     group_size: int = Field(8, ge=2, description="rollouts per prompt, G")
@@ -323,6 +326,17 @@ class Config(_Section):
                 f"rollout.max_tokens={self.rollout.max_tokens} leaves no room for a prompt in "
                 f"rollout.context={self.rollout.context}"
             )
+        if self.rollout.overlap == "one_step":
+            if self.rollout.engine != "vllm_server":
+                raise ValueError(
+                    "rollout.overlap: one_step needs rollout.engine vllm_server: an engine in this process cannot "
+                    "sample while it learns"
+                )
+            if self.loss.importance_cap is None:
+                raise ValueError(
+                    "rollout.overlap: one_step trains on tokens of older weights, which loss.importance_cap corrects "
+                    "for; set it (2 is usual)"
+                )
         if self.learner.minibatches > self.rollout.prompts_per_step:
             raise ValueError(
                 f"learner.minibatches={self.learner.minibatches} exceeds "

@@ -57,6 +57,7 @@ METRICS: dict[str, Metric] = {
     "policy/ratio_max": Metric("ratio", "Largest probability ratio"),
     "sampling/entropy": Metric("nats", "Minus the engine's mean log-probability of the tokens it sampled"),
     "sampling/logprob_gap": Metric("nats", "Learner against engine: difference in log-probability of the same tokens"),
+    "sampling/staleness": Metric("updates", "Updates between the weights that drew a token and those it trains, mean"),
     "response/length": Metric("tokens", "Mean response length"),
     "response/truncated": Metric("share", "Responses that ran into the token limit"),
     "diversity/distinct_1": Metric("ratio", "Distinct tokens over all tokens of a prompt's rollouts, prompt median"),

@@ -31,6 +31,7 @@ def record(step: int, trajectory: Trajectory, sequence: TrainSequence | None, to
         "verdict_reason": trajectory.verdict_reason,
         "finish_reason": trajectory.finish_reason,
         "weight_version": trajectory.weight_version,
+        "weight_versions": trajectory.weight_versions,
         "steps": trajectory.steps,
         "step_probs": trajectory.step_probs,
         "first_error": trajectory.first_error,

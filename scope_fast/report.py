@@ -8,7 +8,7 @@ A line of rollouts.jsonl is one rollout:
     {"step": int, "prompt_id": str, "task": str, "group": int, "sample": int, "prompt": str, "answer": str,
      "prompt_ids": [int], "response": str, "response_ids": [int], "tokens": [str] (text of each response token),
      "logprobs": [float] (the engine's), "reward": 0.0 | 1.0 | null, "verdict": "ok" | "timeout" | "crash",
-     "finish_reason": "stop" | "length", "weight_version": int,
+     "finish_reason": "stop" | "length", "weight_version": int, "weight_versions": [[version, start, end], ...] | null,
      "steps": [[start, end], ...] (token spans) | null, "step_probs": [float] | null,
      "first_error": int | null (the number of steps where there is none),
      "selection": {"score", "alpha", "beta", "r_step", "r_token"} | null, "selected": bool,

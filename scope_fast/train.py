@@ -207,10 +207,10 @@ def build(config: Config, stack: ExitStack) -> Trainer:
     folders = distributed.agree(folders)
     torch.manual_seed(config.seed + distributed.rank())
     student, tokenizer = load_student(config, folders["student"])
+    data = PromptSource(config, tokenizer)  # what is wrong with it shows before an engine is up
     engine = stack.enter_context(
         closing(make_engine(config.rollout.engine, str(folders["student"]), engine_options(config)))
     )
-    data = PromptSource(config, tokenizer)
     learner = make_learner(config, student)
     return Trainer(
         config,

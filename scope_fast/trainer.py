@@ -6,7 +6,6 @@ torchrun every rank runs it on its share of the step's prompts; the learner and 
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from random import Random
@@ -25,15 +24,13 @@ from scope_fast.metrics import RolloutLog, Timer, fold, to_json
 from scope_fast.prm.scorers import StepScorer
 from scope_fast.records import record
 from scope_fast.rollout.base import RolloutEngine, Sampling
+from scope_fast.sampler import Group, Sampler, seed_of
 from scope_fast.scope.advantage import Stamped, method
 from scope_fast.scope.localize import first_error, is_near_miss, valid_probs
 from scope_fast.scope.rectify import Rejected, splice
-from scope_fast.scope.steps import TokenBytes, split_steps
 from scope_fast.scope.trajectory import Prompt, Trajectory
 from scope_fast.teacher import Reply, Request, Teacher, TeacherError, ask, counts_of
 from scope_fast.verifier import Verifier
-
-Group = list[Trajectory]
 
 
 class Trainer:
@@ -54,7 +51,7 @@ class Trainer:
         self.config, self.tokenizer, self.data, self.engine = config, tokenizer, data, engine
         self.verifier, self.scorer, self.teacher, self.learner, self.log = verifier, scorer, teacher, learner, log
         self.done = 0  # steps
-        self.token_bytes = TokenBytes(tokenizer)
+        self.sampler = Sampler(config, tokenizer, data, engine)
         synchronize = torch.cuda.synchronize if learner.device.type == "cuda" else None
         self.timer, self.counts = Timer(synchronize), Counter[str]()
 
@@ -64,7 +61,8 @@ class Trainer:
         self.timer.metrics()  # what happened between two steps belongs to neither
         mode = method(self.config, Random(f"{self.config.seed}/{self.done}"))
         with self.timer("generate"):
-            groups = self.sample(self.my_prompts())
+            groups = self.sampler.take(self.done)
+            self.counts["scope/empty"] = sum(not t.steps for group in groups for t in group)
         with self.timer("verify"):
             self.verify(groups)
         with self.timer("prm"):
@@ -80,35 +78,6 @@ class Trainer:
             self.engine.update_weights(self.learner.model, version=self.done)
         self.record(groups, stamped, failed=learned["learner/skipped_updates"] > 0)
         return self.metrics(groups, chosen, learned)
-
-    def my_prompts(self) -> list[tuple[int, Prompt]]:
-        """This rank's share of the step's prompts, each with its number; every rank moves the same cursor."""
-        prompts = list(enumerate(self.data.next(self.config.rollout.prompts_per_step)))
-        return prompts[distributed.rank() :: distributed.world_size()]
-
-    def sample(self, numbered: list[tuple[int, Prompt]]) -> list[Group]:
-        """G rollouts of every prompt, each request seeded by what it is, so that a resumed run draws the same."""
-        settings = self.config.rollout
-        sampling = Sampling(settings.temperature, settings.top_p, settings.max_tokens, (self.tokenizer.eos_token_id,))
-        # numbered too: a small file of prompts may bring one twice in a step
-        seeds = [[self._seed("rollout", n, p.id, i) for i in range(settings.group_size)] for n, p in numbered]
-        outputs = self.engine.generate([list(p.ids) for _, p in numbered], settings.group_size, sampling, seeds)
-        groups = []
-        for (number, prompt), rollouts in zip(numbered, outputs, strict=True):
-            groups.append([self._trajectory(prompt, number, i, r) for i, r in enumerate(rollouts)])
-        return groups
-
-    def _trajectory(self, prompt: Prompt, group: int, sample: int, rollout) -> Trajectory:
-        ids = rollout.token_ids
-        trajectory = Trajectory(
-            prompt, group, sample, ids, rollout.logprobs, rollout.finish_reason, rollout.weight_version,
-            text=self.tokenizer.decode(ids, skip_special_tokens=True),
-            steps=split_steps(
-                self.token_bytes(ids), self.config.scope.step_separator.encode(), rollout.finish_reason == "stop"
-            ),
-        )  # fmt: skip
-        self.counts["scope/empty"] += not trajectory.steps
-        return trajectory
 
     def verify(self, groups: list[Group]) -> None:
         """A reward for every rollout; one that hangs or crashes the verifier keeps None and is not trained on."""
@@ -193,7 +162,7 @@ class Trainer:
         return dealt
 
     def _seed(self, *what: object) -> int:
-        return _hash(self.config.seed, self.done, *what)
+        return seed_of(self.config.seed, self.done, *what)
 
     def record(self, groups: list[Group], stamped: list[Stamped], failed: bool) -> None:
         """One line of rollouts.jsonl for every rollout, in the order of the prompts; rank 0 writes all ranks' lines.
@@ -217,7 +186,7 @@ class Trainer:
         """Share of verified samples that pass, and how many got no verdict. RuntimeError when none got one."""
         mine = prompts[distributed.rank() :: distributed.world_size()]
         sampling = Sampling(temperature, 1.0, self.config.rollout.max_tokens, (self.tokenizer.eos_token_id,))
-        seeds = [[_hash("heldout", p.id, i) for i in range(samples)] for p in mine]
+        seeds = [[seed_of("heldout", p.id, i) for i in range(samples)] for p in mine]
         outputs = self.engine.generate([list(p.ids) for p in mine], samples, sampling, seeds)
         items = [
             (self.tokenizer.decode(rollout.token_ids, skip_special_tokens=True), prompt.entry)
@@ -245,7 +214,8 @@ class Trainer:
             "sync/weight_version": self.engine.version,
             **{name: max(part[name] for part in seconds) for name in seconds[0]},  # the others wait for the slowest
         }
-        result["sampling/entropy"] /= max(result["tokens/rollout"], 1)
+        for name in ("sampling/entropy", "sampling/staleness"):  # means over tokens
+            result[name] /= max(result["tokens/rollout"], 1)
         result["perf/tokens_per_s"] = result["tokens/rollout"] / result["time/step_s"]
         return result
 
@@ -263,6 +233,12 @@ class Trainer:
             "scope/no_prefix": sum(t.first_error == 0 for t in failed),
             "tokens/rollout": sum(len(t.token_ids) for group in groups for t in group),
             "sampling/entropy": -sum(sum(t.logprobs) for group in groups for t in group),
+            "sampling/staleness": sum(
+                (self.done - 1 - version) * (end - start)
+                for group in groups
+                for t in group
+                for version, start, end in t.weight_versions or ((t.weight_version, 0, len(t.token_ids)),)
+            ),
             "tokens/teacher": sum(len(t.repair.suffix_ids) for t in chosen),
         }
 
@@ -284,13 +260,14 @@ class Trainer:
 
     def state_dict(self) -> dict[str, object]:
         """All a run needs to go on bit for bit. Requests are seeded by step and prompt, so the engine has no state."""
-        state = {"cursor": self.data.cursor, "done": self.done, "rng": capture_rng()}
+        state = {"sampler": self.sampler.state_dict(), "done": self.done, "rng": capture_rng()}
         return {**self.learner.state_dict(), "trainer": state}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
         """The inverse of `state_dict`; the engine gets the weights too."""
         self.learner.load_state_dict(state)
-        self.data.cursor, self.done = state["trainer"]["cursor"], state["trainer"]["done"]
+        self.sampler.load_state_dict(state["trainer"]["sampler"])
+        self.done = state["trainer"]["done"]
         self.engine.update_weights(self.learner.model, version=self.done)
         restore_rng(state["trainer"]["rng"])
 
@@ -301,11 +278,6 @@ class Trainer:
             yield self.done, metrics
             skipped, limit = self.learner.skipped_in_a_row, self.config.learner.max_skipped_updates
             health.check(self.config.run_dir, self.done, skipped, limit)
-
-
-def _hash(*what: object) -> int:
-    """A seed that is a function of what it is for, in [0, 2**56)."""
-    return int.from_bytes(hashlib.sha256("/".join(map(str, what)).encode()).digest()[:7], "big")
 
 
 def prefix_share(trajectory: Trajectory) -> float:

@@ -79,6 +79,7 @@ def ranks_of(launcher: int) -> dict[int, int]:
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the ranks through /proc")
 def test_a_dead_rank_ends_them_all_and_says_so(tmp_path):
     arguments = ["--steps", "500", "--out", str(tmp_path / "run"), "--distributed.timeout_s", "60"]
+    arguments += ["--rollout.engine", "transformers"]
     with subprocess.Popen([*TORCHRUN, *TRAIN, *arguments], env=ENV, stderr=subprocess.PIPE, text=True) as job:
         try:
             deadline = time.monotonic() + 120

@@ -31,7 +31,7 @@ LEVELS = [
     {"config", "ops", "answers", "checkpoint", "sharding", "health", "interrupt"},
     {"losses", "scope", "rollout", "metrics", "math_answers", "sources", "suite"},
     {"__init__", "learner", "teacher", "data", "records", "report", "scorecard", "plan"},
-    {"prm"},
+    {"prm", "sampler"},
     {"trainer", "replay", "warm_start", "integrations", "teacher_endpoint"},
     {"train"},
     {"evaluate"},

@@ -33,7 +33,7 @@ def lines(path: Path) -> list[dict]:
 
 def test_vocabulary_has_every_name_of_the_design_and_a_known_unit():
     assert set(DESIGN.split()) <= set(METRICS)
-    units = {"share", "nats", "tokens", "steps", "s", "count", "ratio", "rate", "loss", "reward"}
+    units = {"share", "nats", "tokens", "steps", "s", "count", "ratio", "rate", "loss", "reward", "updates"}
     assert {m.unit for m in METRICS.values()} <= units
     assert all(m.description for m in METRICS.values())
     assert all(METRICS[name].unit == "s" for name in METRICS if name.startswith("time/"))

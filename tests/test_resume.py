@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from fixtures.runs import command, finish, result, start, wait_for
 
+ENGINE = "auto"  # of the killed runs and of the unbroken one: vLLM where it is installed
+
 
 def kill(process: subprocess.Popen) -> bool:
     """kill -9; False if the run had ended before."""
@@ -25,7 +27,7 @@ def killed_and_resumed(out: Path, kills: int, length_s: float, rng: random.Rando
     hit = half_written = 0
     for number in range(kills):
         log = out.with_suffix(f".{number}.log")
-        process = start(command(out), log)
+        process = start(command(out, rollout__engine=ENGINE), log)
         if number % 3 == 2:
             known = set(out.glob("checkpoints/.tmp-*"))
             wait_for(lambda known=known: set(out.glob("checkpoints/.tmp-*")) - known, process)
@@ -35,7 +37,7 @@ def killed_and_resumed(out: Path, kills: int, length_s: float, rng: random.Rando
             wait_for(lambda end=end: time.monotonic() > end, process)
         hit += kill(process)
         half_written += any(out.glob("checkpoints/.tmp-*"))
-    finish(command(out), out.with_suffix(".last.log"))
+    finish(command(out, rollout__engine=ENGINE), out.with_suffix(".last.log"))
     return hit, half_written
 
 

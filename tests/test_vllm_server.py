@@ -121,13 +121,13 @@ def test_spans_cover_a_response_once():
 
 def test_a_host_copy_is_a_copy():
     model, copy = make(tied=True), HostCopy()
-    copy.fill(ModuleSource(model))
+    copy.fill(ModuleSource(model), 1)
     before = dict(copy)
     assert [meta.name for meta in copy.metadata()] == [name for name, _ in ModuleSource(model)]
     kept = {name: tensor.clone() for name, tensor in copy}
     perturb(model, seed=1)
     assert all(torch.equal(tensor, kept[name]) for name, tensor in copy)
-    copy.fill(ModuleSource(model))
+    copy.fill(ModuleSource(model), 2)
     assert all(torch.equal(tensor, dict(ModuleSource(model))[name]) for name, tensor in copy)
     assert all(tensor is before[name] for name, tensor in copy)  # in the same memory
 

@@ -87,7 +87,7 @@ class WeightSource(Protocol):
 
 
 class RolloutEngine(Protocol):
-    """A sampler with weights that can be replaced. Not thread-safe; one caller at a time."""
+    """A sampler with weights that can be replaced. One caller at a time, but for `update_weights` of a vLLM server."""
 
     @property
     def version(self) -> int:

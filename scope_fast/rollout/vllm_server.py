@@ -15,6 +15,7 @@ import pickle
 import random
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -87,8 +88,9 @@ class HostCopy:
 
     def __init__(self) -> None:
         self._tensors: dict[str, torch.Tensor] = {}
+        self.version: int | None = None  # None: nothing was read yet
 
-    def fill(self, source: WeightSource) -> None:
+    def fill(self, source: WeightSource, version: int) -> None:
         """Reads one whole pass; the memory of the last one is used again."""
         for name, tensor in source:
             held = self._tensors.get(name)
@@ -96,6 +98,7 @@ class HostCopy:
                 self._tensors[name] = tensor.detach().to("cpu", copy=True)
             else:
                 held.copy_(tensor)
+        self.version = version
 
     def metadata(self) -> list[ParamMeta]:
         return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self._tensors.items()]
@@ -143,6 +146,8 @@ class VllmServerEngine:
         self._restarts_left = 0 if self._options.server_url else 1
         self._process: ServerProcess | None = None
         self._closed = False
+        # a restart and a sync exclude each other: both send what `_weights` holds, and a copy half filled is no weights
+        self._lock = threading.RLock()
         self._folder = tempfile.TemporaryDirectory(prefix="scope_fast_server_")
         self._connect()
 
@@ -173,13 +178,14 @@ class VllmServerEngine:
         self._check_usable()
         dtype = getattr(torch, self._options.dtype)
         source = weight_sync.as_source(weights, dtype, self._options.bucket_bytes)
+        self._version = None
         if self._transfer.is_sender:
-            self._weights.fill(source)
+            with self._lock:
+                self._weights.fill(source, version)
         else:
             for _ in source:  # a collective: the sender needs this rank's part
                 pass
-        self._version = None
-        self._surviving(lambda: self._send(version), "weight sync")
+        self._surviving(lambda: self._send_alone(version), "weight sync")
         self._version = version
 
     def close(self) -> None:
@@ -213,39 +219,53 @@ class VllmServerEngine:
             self._http.post("update_weight_version", {"new_version": "0"}, options.sync_timeout_s)
 
     def _surviving(self, call: Callable[[], T], what: str) -> T:
-        """The call's result; once in the engine's life over the death of its server."""
+        """The call's result; once in the engine's life over the death of its server.
+
+        Two calls may find it dead, one that samples and one that sends: the first brings back another for both.
+        """
+        process = self._process
         try:
             return call()
         except RuntimeError as error:
-            if not self._server_died():
+            if self._closed or not self._has_died(process):
                 raise
-            reason = self._process.last_words(5) if self._process else "it was not started here"
-            if self._restarts_left == 0:
-                raise ServerDiedError(
-                    f"vLLM server: died in {what}, no restart is left; the end of its log:\n{reason}"
-                ) from error
-            self._restarts_left -= 1
-            print(
-                f"vLLM server: died in {what}; starting another, its weights and the interrupted call follow. The end "
-                f"of its log:\n{reason}",
-                file=sys.stderr,
-                flush=True,
-            )
+            with self._lock:
+                if process is self._process:
+                    self._restart(what, error)
+        return call()
+
+    def _restart(self, what: str, error: RuntimeError) -> None:
+        """Another server, with the weights that were sent last or were about to be."""
+        reason = self._process.last_words(5) if self._process else "it was not started here"
+        if self._restarts_left == 0:
+            raise ServerDiedError(
+                f"vLLM server: died in {what}, no restart is left; the end of its log:\n{reason}"
+            ) from error
+        self._restarts_left -= 1
+        print(
+            f"vLLM server: died in {what}; starting another, its weights and the interrupted call follow. The end "
+            f"of its log:\n{reason}",
+            file=sys.stderr,
+            flush=True,
+        )
         self._process.stop()
         self._sender = None
         self._connect()
-        if self._version:  # None: the interrupted call is the one that sends
-            self._send(self._version)
-        return call()
+        if self._weights.version is not None:
+            self._send(self._weights.version)
 
-    def _server_died(self) -> bool:
-        if self._process is not None:
-            return self._process.has_died(within_s=DEATH_S)
+    def _has_died(self, process: ServerProcess | None) -> bool:
+        if process is not None:
+            return process.has_died(within_s=DEATH_S)
         try:
             self._http.get("health", timeout_s=DEATH_S)
         except (RuntimeError, TimeoutError):
             return True
         return False
+
+    def _send_alone(self, version: int) -> None:
+        with self._lock:
+            self._send(version)
 
     def _send(self, version: int) -> None:
         """All weights into the server, between two tokens of what it is sampling."""

@@ -63,6 +63,7 @@ class Trajectory:
     """A rollout and all that is found out about it.
 
     token_ids, logprobs: the student's response and the engine's log-probability of each token.
+    weight_version, weight_versions: whose tokens they are, as in `rollout.base.Rollout`.
     reward: None when the verifier could not say (verdict "timeout" or "crash"): such a rollout is not trained on.
     steps: token spans [start, end), covering the response but for a trailing EOS.
     step_probs: the reward model's probability per step. first_error: index of the first wrong step, len(steps) if none.
@@ -75,6 +76,7 @@ class Trajectory:
     logprobs: list[float]
     finish_reason: str
     weight_version: int
+    weight_versions: tuple[tuple[int, int, int], ...] | None = None
     text: str = ""
     reward: float | None = None
     verdict: str = "ok"

@@ -1,0 +1,98 @@
+"""overlap one_step: the next step's rollouts run while this one is learned from, and every token says whose it is."""
+
+import copy
+import json
+from contextlib import ExitStack
+from statistics import fmean
+
+import pytest
+import torch
+from tiny_models import response_logprobs
+
+from scope_fast import checkpoint, train
+from scope_fast.rollout import Rollout, vllm_engine
+
+WORDS = {
+    "method": "grpo", "steps": "4", "rollout.engine": "vllm_server", "rollout.overlap": "one_step",
+    "rollout.prompts_per_step": "32", "rollout.num_threads": "1", "loss.importance_cap": "2",
+    "prm.kind": "exact", "learner.lr": "1e-3", "verifier.workers": "1",
+}  # fmt: skip
+
+
+def parse(out, **changed):
+    words = {**WORDS, **{name.replace("__", "."): value for name, value in changed.items()}}
+    config, *_ = train.parse(["--out", str(out), *(f"--{name}={value}" for name, value in words.items())])
+    return config
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"rollout__engine": "vllm"}, "one_step needs rollout.engine vllm_server: an engine in this process cannot"),
+        ({"loss__importance_cap": "null"}, "which loss.importance_cap corrects for; set it"),
+    ],
+)
+def test_what_cannot_overlap_is_refused(tmp_path, capsys, changed, message):
+    with pytest.raises(SystemExit):
+        parse(tmp_path, **changed)
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.skipif(not vllm_engine.is_installed(), reason="vllm is not installed")
+def test_every_token_is_of_the_version_it_says(tmp_path):
+    config = parse(tmp_path / "run")
+    config.run_dir.mkdir()
+    with ExitStack() as stack:
+        trainer = train.build(config, stack)
+        deal = trainer.minibatches
+        trainer.minibatches = lambda groups, stamped: [deal(groups[:2], stamped[:2])[0]]  # learns while much is sampled
+        weights, metrics = {0: copy.deepcopy(trainer.learner.model)}, []
+        for _ in range(2):
+            metrics.append(trainer.step())
+            weights[trainer.done] = copy.deepcopy(trainer.learner.model)
+        state = trainer.state_dict()  # waits for the rollouts of the third step
+        path = checkpoint.save(config.run_dir, trainer.done, state, keep=1)
+        metrics.append(trainer.step())
+        weights[trainer.done] = copy.deepcopy(trainer.learner.model)
+        metrics.append(trainer.step())
+
+        trainer.load_state_dict(checkpoint.load(path, trainer.state_dict()))
+        assert trainer.engine.version == trainer.done == 2
+        trainer.step()  # the third step again, from the rollouts that were kept
+    *lines, last = steps_of(config.run_dir)
+    assert [line["step"] for line in last] == [3] * 32 * 8
+    for kept in ("response_ids", "logprobs", "weight_versions", "trained"):
+        assert [line[kept] for line in last] == [line[kept] for line in lines[2]]
+
+    assert [m["sync/weight_version"] for m in metrics] == [1, 2, 3, 4]
+    for step, (line, measured) in enumerate(zip(lines, metrics, strict=True)):
+        rollouts = [as_rollout(record) for record in line]
+        versions = [version for r in rollouts for version in r.token_versions()]
+        assert set(versions) <= {max(step - 1, 0), step}
+        assert measured["sampling/staleness"] == pytest.approx(fmean(step - version for version in versions))
+        for rollout in rollouts[:: 1 if step in (1, 2) else 16]:
+            by_version = {v: response_logprobs(weights[v], rollout) for v in set(rollout.token_versions())}
+            truth = torch.stack([by_version[v][i] for i, v in enumerate(rollout.token_versions())])
+            assert (truth - torch.tensor(rollout.logprobs)).abs().max() < 2e-4
+    assert metrics[0]["sampling/staleness"] == 0.0
+    crossing = [(step, as_rollout(r)) for step in (1, 2) for r in lines[step] if len(r["weight_versions"]) == 2]
+    assert crossing  # a step's rollouts were running when the update of the step before came
+    gaps = [response_logprobs(weights[step - 1], r) - response_logprobs(weights[step], r) for step, r in crossing]
+    assert max(gap.abs().max() for gap in gaps) > 1e-2  # and the versions can be told apart
+
+
+def steps_of(folder):
+    """The records of every step, in the order they were written."""
+    groups = []
+    for text in (folder / "rollouts.jsonl").read_text().splitlines():
+        record = json.loads(text)
+        if not groups or groups[-1][-1]["step"] != record["step"]:
+            groups.append([])
+        groups[-1].append(record)
+    return groups
+
+
+def as_rollout(record):
+    spans = tuple(tuple(span) for span in record["weight_versions"])
+    ids, logprobs = record["response_ids"], record["logprobs"]
+    return Rollout(record["prompt_ids"], ids, logprobs, record["finish_reason"], record["weight_version"], spans)
