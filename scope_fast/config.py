@@ -102,6 +102,9 @@ class Rollout(_Section):
     gpu_memory_utilization: float = Field(
         0.4, gt=0, lt=1, description="vLLM's share of a GPU it shares with the learner"
     )
+    sleep_level: Literal[0, 1, 2] = Field(
+        0, description="vLLM's, while the learner has the GPU: 1 frees its cache, 2 its weights too"
+    )
     num_threads: Positive | None = Field(None, description="torch's threads while sampling on CPU; None: all")
 
 

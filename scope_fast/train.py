@@ -277,6 +277,7 @@ def engine_options(config: Config) -> EngineOptions:
         num_threads=rollout.num_threads,
         kv_cache_bytes=int(rollout.kv_cache_gib * 2**30),
         gpu_memory_utilization=rollout.gpu_memory_utilization,
+        sleep_level=rollout.sleep_level,
         sync_timeout_s=rollout.sync_timeout_s,
         server_url=rollout.server_url,
     )

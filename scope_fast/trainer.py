@@ -62,6 +62,7 @@ class Trainer:
         mode = method(self.config, Random(f"{self.config.seed}/{self.done}"))
         with self.timer("generate"):
             groups = self.sampler.take(self.done)
+            self.engine.sleep()  # until the sync its GPU memory may be the learner's
             self.counts["scope/empty"] = sum(not t.steps for group in groups for t in group)
         with self.timer("verify"):
             self.verify(groups)

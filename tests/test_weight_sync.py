@@ -372,6 +372,28 @@ def test_what_a_sync_must_not_forget(tmp_path, monkeypatch):
     engine.close()
 
 
+@needs_vllm
+def test_the_engine_sleeps_from_its_rollouts_to_the_sync(tmp_path, monkeypatch):
+    """On CPU vLLM's worker frees nothing, but the scheduler pauses and the order of the calls is the real one."""
+    model = make()
+    engine = VllmEngine(saved(model, tmp_path / "model"), EngineOptions(max_model_len=256, sleep_level=2))
+    events = record(engine, monkeypatch)
+    draw(engine)
+    engine.sleep()
+    engine.sleep()  # twice is once
+    executor = engine._llm.llm_engine.engine_core.engine_core.model_executor
+    assert executor.sleeping_tags == {"weights", "kv_cache"}
+    with pytest.raises(RuntimeError, match="sleeps until the next update_weights"):
+        engine.generate([[5]], 1, Sampling(max_tokens=1))
+    perturb(model, seed=1)
+    engine.update_weights(model, 1)
+    assert events == ["sleep", "init", "wake weights", "start", "update", "finish", "reset", "wake kv_cache"]
+    assert not executor.is_sleeping
+    drawn = draw(engine)
+    engine.close()
+    assert drawn == fresh_draw(model, tmp_path / "last", OPTIONS)
+
+
 def record(engine, monkeypatch):
     """The order of the calls an engine makes to vLLM in a sync."""
     events = []
@@ -381,11 +403,13 @@ def record(engine, monkeypatch):
         ("update_weights", "update"),
         ("finish_weight_update", "finish"),
         ("reset_prefix_cache", "reset"),
+        ("sleep", "sleep"),
+        ("wake_up", "wake"),
     ]:
         call = getattr(engine._llm, name)
 
         def recorded(*args, _call=call, _label=label):
-            events.append(_label)
+            events.append(f"wake {args[0][0]}" if _label == "wake" else _label)
             return _call(*args)
 
         monkeypatch.setattr(engine._llm, name, recorded)

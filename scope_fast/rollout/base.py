@@ -107,6 +107,10 @@ class RolloutEngine(Protocol):
     def update_weights(self, weights: torch.nn.Module | WeightSource, version: int) -> None:
         """Replaces all weights; called on every rank of a sharded learner. RuntimeError if the engine disagrees."""
 
+    def sleep(self) -> None:
+        """Gives `EngineOptions.sleep_level`'s share of GPU memory to others until the next `update_weights`, before
+        which nothing can be generated. Engines that share no GPU do nothing."""
+
     def close(self) -> None:
         """Frees the engine. Calling it twice is harmless; every other method then raises RuntimeError."""
 
@@ -123,6 +127,8 @@ class EngineOptions:
         model dearly when anything else wants a core: 64 sequences of a 128-wide model, 2 cores, one of them busy:
         1 thread 10-12k tokens/s, 2 threads 2-4k (14k when nothing else runs).
     kv_cache_bytes: vLLM on CPU: size of the KV cache.        gpu_memory_utilization: vLLM on GPU: its share of the GPU.
+    sleep_level: kind "vllm" on a GPU, what `sleep` frees: 0 nothing; 1 the KV cache, weights go to host memory; 2 both
+        (the next sync brings the weights anyway). vLLM ignores it on CPU. Not run on a GPU.
     bucket_bytes: weight sync: most bytes in flight (grown to the largest tensor).
     sync_timeout_s: longest wait of a weight sync, after which it ends with an error naming rank and phase.
     server_url: kind "vllm_server": a server that runs already, as http://HOST:PORT; None starts one.
@@ -136,6 +142,7 @@ class EngineOptions:
     num_threads: int | None = None
     kv_cache_bytes: int = 1 << 30
     gpu_memory_utilization: float = 0.4
+    sleep_level: int = 0
     bucket_bytes: int = 64 << 20
     sync_timeout_s: float = 600.0
     server_url: str | None = None
@@ -145,6 +152,8 @@ class EngineOptions:
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype={self.dtype!r}: expected float32 or bfloat16")
+        if self.sleep_level not in (0, 1, 2):
+            raise ValueError(f"sleep_level={self.sleep_level}: expected 0, 1 or 2")
         for name in ("max_num_seqs", "num_threads", "kv_cache_bytes", "bucket_bytes"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")

@@ -94,6 +94,9 @@ class TransformersEngine:
             raise RuntimeError(f"weight sync left parameters without new values: {sorted(missing)}")
         self._version = version
 
+    def sleep(self) -> None:
+        """Nothing: it holds no memory between two calls but its weights."""
+
     def close(self) -> None:
         self._model = None
 

@@ -115,6 +115,7 @@ class VllmEngine:
         self._on_cpu = self._llm.llm_engine.vllm_config.device_config.device_type == "cpu"
         self._rank = torch.distributed.get_rank() if group_existed else 0
         self._sync_timeout_s = options.sync_timeout_s
+        self._sleep_level, self._asleep = options.sleep_level, False
         self._inner_client = SyncClient(self._llm)
         self._client = watch.PhasedClient(self._inner_client, self._rank)
         self._sender: Any = None
@@ -130,6 +131,8 @@ class VllmEngine:
         self, prompts: list[list[int]], n: int, sampling: Sampling, seeds: list[list[int]] | None = None
     ) -> list[list[Rollout]]:
         self._check_usable()
+        if self._asleep:
+            raise RuntimeError("the engine sleeps until the next update_weights")
         version = self._version
         check_request(prompts, n, seeds, self._context, self._vocab)
         if seeds is None:
@@ -151,6 +154,9 @@ class VllmEngine:
                 self._sender = self._make_sender(source)
             self._sender.source = source
             self._version = None
+            if self._asleep:
+                with watch.named_phase(self._rank, "wake up"):
+                    self._llm.wake_up(["weights"])  # the cache's memory comes last: the sync needs some of its own
             self._inner_client.version = str(version)
             self._sender.send_weights()
             with watch.named_phase(self._rank, "version check"):
@@ -159,7 +165,18 @@ class VllmEngine:
                     raise RuntimeError(f"sent version {version}, the engine reports {reported!r}")
                 if not self._llm.reset_prefix_cache():
                     raise RuntimeError("vLLM did not reset its prefix cache (are requests still running?)")
+            if self._asleep:
+                with watch.named_phase(self._rank, "wake up"):
+                    self._llm.wake_up(["kv_cache"])
+                self._asleep = False
         self._version = version
+
+    def sleep(self) -> None:
+        """vLLM drops its prefix cache with it."""
+        self._check_usable()
+        if self._sleep_level and not self._asleep:
+            self._llm.sleep(self._sleep_level)
+            self._asleep = True
 
     def close(self) -> None:
         if self._finalizer.alive:
@@ -226,6 +243,7 @@ def _llm_arguments(vllm: Any, model_dir: str, options: EngineOptions, backend: s
         }
     else:
         arguments |= {"gpu_memory_utilization": options.gpu_memory_utilization}
+        arguments |= {"enable_sleep_mode": options.sleep_level > 0}
     return arguments
 
 

@@ -188,6 +188,9 @@ class VllmServerEngine:
         self._surviving(lambda: self._send_alone(version), "weight sync")
         self._version = version
 
+    def sleep(self) -> None:
+        """Nothing: the server has GPUs of its own."""
+
     def close(self) -> None:
         if self._closed:
             return
