@@ -199,6 +199,11 @@ def build(config: Config, stack: ExitStack) -> Trainer:
         raise ValueError(
             f"rollout.prompts_per_step={config.rollout.prompts_per_step}: at least one for each of {ranks} ranks"
         )
+    if config.rollout.server_gpus is not None and ranks > 1:
+        raise ValueError(
+            f"rollout.server_gpus: each of {ranks} ranks would start a server on them; start one and name it as "
+            "rollout.server_url"
+        )
     disable_progress_bar()  # of transformers' loading: ours is enough
     folders = None
     if distributed.is_main():  # the others find what rank 0 made
@@ -280,6 +285,10 @@ def engine_options(config: Config) -> EngineOptions:
         sleep_level=rollout.sleep_level,
         sync_timeout_s=rollout.sync_timeout_s,
         server_url=rollout.server_url,
+        server_gpus=None if rollout.server_gpus is None else tuple(rollout.server_gpus),
+        server_workers=rollout.server_workers,
+        transfer=rollout.transfer,
+        transfer_address=rollout.transfer_address,
     )
 
 

@@ -20,7 +20,13 @@ from scope_fast.rollout import EngineOptions, Sampling, make_engine, vllm_engine
 from scope_fast.rollout.base import joined_spans
 from scope_fast.rollout.server_process import Http, ServerDiedError, ServerProcess
 from scope_fast.rollout.vllm_engine import VllmEngine
-from scope_fast.rollout.vllm_server import HostCopy, VllmServerEngine, json_safe, server_environment
+from scope_fast.rollout.vllm_server import (
+    HostCopy,
+    VllmServerEngine,
+    json_safe,
+    server_arguments,
+    server_environment,
+)
 from scope_fast.rollout.weight_sync import ModuleSource
 
 needs_vllm = pytest.mark.skipif(not vllm_engine.is_installed(), reason="vllm is not installed")
@@ -139,6 +145,10 @@ def test_ipc_handles_travel_as_vllm_takes_them(monkeypatch):
     environment = server_environment(EngineOptions(num_threads=2), "ipc")
     assert environment == {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "OMP_NUM_THREADS": "2"}
     assert server_environment(EngineOptions(), "shm") == {}
+    two = EngineOptions(server_gpus=(4, 5))
+    assert server_environment(two, "nccl") == {"CUDA_VISIBLE_DEVICES": "4,5"}
+    arguments = server_arguments("folder", two, "nccl")
+    assert arguments[arguments.index("--tensor-parallel-size") + 1] == "2"
     monkeypatch.setattr("vllm.envs.VLLM_ALLOW_INSECURE_SERIALIZATION", True, raising=False)  # read once a process
     update = {"names": ["w"], "dtype_names": ["float32"], "shapes": [[2]], "tensor_sizes": [8]}
     sent = json.loads(json.dumps(json_safe(update | {"ipc_handles": {"GPU-1": (b"handle", 3)}})))

@@ -248,6 +248,20 @@ def test_bad_transfers():
         transfer.trainer_init("nccl", 0, 1 << 20)
     with pytest.raises(ValueError, match="engine='elsewhere'"):
         transfer.choose(True, "elsewhere")
+    with pytest.raises(ValueError, match="transfer='nccl': the learner is on the CPU"):
+        transfer.for_server(EngineOptions(transfer="nccl"), 0, on_gpu=False)
+    with pytest.raises(ValueError, match="transfer='rdma': expected auto, shm, ipc, nccl"):
+        EngineOptions(transfer="rdma")
+    with pytest.raises(ValueError, match="server_gpus: the server at server_url has its own"):
+        EngineOptions(server_url="http://node:8000", server_gpus=(1,))
+
+
+def test_a_servers_transfer_on_cpu():
+    init, reason = transfer.for_server(EngineOptions(bucket_bytes=1 << 20), rank=1, on_gpu=False)
+    assert (init.backend, init.is_sender, init.bucket_bytes) == ("shm", True, 1 << 20)  # every rank's own server
+    assert reason == "the learner is on the CPU"
+    init, _ = transfer.for_server(EngineOptions(server_url="http://node:8000"), rank=1, on_gpu=False)
+    assert not init.is_sender  # all share one: rank 0 sends
 
 
 # Real vLLM from here on.
@@ -264,6 +278,11 @@ def test_init_objects_are_those_of_the_installed_vllm():
     assert not nccl.is_sender
     ipc = transfer.trainer_init("ipc", 0, 128 << 20)
     assert (ipc.backend, ipc.packed, ipc.packed_buffer_size_bytes, ipc.is_sender) == ("ipc", True, 128 << 20, True)
+    own = EngineOptions(server_gpus=(4, 5))
+    away = EngineOptions(server_url="http://node:8000", server_workers=8, transfer_address="10.0.0.1")
+    made = [transfer.for_server(options, 1, on_gpu=True)[0] for options in (EngineOptions(), own, away)]
+    assert [(m.backend, m.is_sender) for m in made] == [("ipc", True), ("nccl", True), ("nccl", False)]
+    assert [m.world_size for m in made[1:]] == [3, 9] and made[2].master_address == "10.0.0.1"
     shm = transfer.trainer_init("shm", 0, 1 << 20)
     assert (shm.backend, shm.bucket_bytes, shm.is_sender) == ("shm", 1 << 20, True)
     weight_sync.register()

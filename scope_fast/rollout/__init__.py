@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 
+import torch
+
 from scope_fast.rollout.base import EngineOptions, Rollout, RolloutEngine, Sampling, WeightSource
 
 __all__ = ["EngineOptions", "Rollout", "RolloutEngine", "Sampling", "WeightSource", "make_engine"]
@@ -28,10 +30,14 @@ def make_engine(kind: str, model_dir: str, options: EngineOptions | None = None)
         raise ImportError(f"engine {kind}: vllm is not installed ({INSTALL})")
     start = time.perf_counter()
     if kind == "vllm_server":
+        from scope_fast.rollout import transfer
         from scope_fast.rollout.vllm_server import VllmServerEngine
 
-        engine: RolloutEngine = VllmServerEngine(model_dir, options)
-        choice, reason = f"vllm server {options.server_url or 'of our own'}", "asked for"
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        init, why = transfer.for_server(options, rank, torch.cuda.is_available())
+        engine: RolloutEngine = VllmServerEngine(model_dir, options, init)
+        choice = f"vllm server {options.server_url or 'of our own'}"
+        reason = f"asked for; weights by {init.backend}: {why}"
     elif kind == "vllm" or (kind == "auto" and vllm_engine.is_installed()):
         engine = vllm_engine.VllmEngine(model_dir, options)
         choice = f"vllm {vllm_engine.import_vllm().__version__}"

@@ -14,6 +14,8 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+TRANSFERS = ("shm", "ipc", "nccl")  # what may carry the weights: transfer.py
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -132,6 +134,10 @@ class EngineOptions:
     bucket_bytes: weight sync: most bytes in flight (grown to the largest tensor).
     sync_timeout_s: longest wait of a weight sync, after which it ends with an error naming rank and phase.
     server_url: kind "vllm_server": a server that runs already, as http://HOST:PORT; None starts one.
+    server_gpus: kind "vllm_server": CUDA devices of a server started here, a worker each; None: the learner's GPU.
+    server_workers: of the server at server_url, for transfer "nccl".
+    transfer: kind "vllm_server", what carries the weights: "shm", "ipc", "nccl", or "auto" (transfer.choose).
+    transfer_address: "nccl": of this machine as the server reaches it.
     start_timeout_s, generate_timeout_s: kind "vllm_server": longest wait for a server to be up, and for one response.
     """
 
@@ -146,15 +152,23 @@ class EngineOptions:
     bucket_bytes: int = 64 << 20
     sync_timeout_s: float = 600.0
     server_url: str | None = None
+    server_gpus: tuple[int, ...] | None = None
+    server_workers: int = 1
+    transfer: str = "auto"
+    transfer_address: str = "127.0.0.1"
     start_timeout_s: float = 600.0
     generate_timeout_s: float = 3600.0
 
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype={self.dtype!r}: expected float32 or bfloat16")
+        if self.transfer not in ("auto", *TRANSFERS):
+            raise ValueError(f"transfer={self.transfer!r}: expected auto, {', '.join(TRANSFERS)}")
+        if self.server_url is not None and self.server_gpus is not None:
+            raise ValueError("server_gpus: the server at server_url has its own")
         if self.sleep_level not in (0, 1, 2):
             raise ValueError(f"sleep_level={self.sleep_level}: expected 0, 1 or 2")
-        for name in ("max_num_seqs", "num_threads", "kv_cache_bytes", "bucket_bytes"):
+        for name in ("max_num_seqs", "num_threads", "kv_cache_bytes", "bucket_bytes", "server_workers"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")
         for name in ("sync_timeout_s", "start_timeout_s", "generate_timeout_s"):

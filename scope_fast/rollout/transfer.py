@@ -4,7 +4,8 @@
     ipc   two processes on the same GPU: handles of device memory                            (vLLM's)
     nccl  an engine on GPUs of its own: broadcast from rank 0, on one machine or several      (vLLM's)
 
-ipc and nccl are held to the signatures of the installed vLLM by the tests; they were not run on a GPU.
+`for_server` chooses for a server; an engine in this process takes shm. ipc and nccl are held to the signatures of the
+installed vLLM by the tests; they were not run on a GPU.
 """
 
 from __future__ import annotations
@@ -12,9 +13,8 @@ from __future__ import annotations
 import socket
 from typing import Any
 
+from scope_fast.rollout.base import TRANSFERS, EngineOptions
 from scope_fast.rollout.weight_sync import ShmInit
-
-TRANSFERS = ("shm", "ipc", "nccl")
 
 
 def choose(on_gpu: bool, engine: str) -> tuple[str, str]:
@@ -29,6 +29,28 @@ def choose(on_gpu: bool, engine: str) -> tuple[str, str]:
     if engine == "same_gpu":
         return "ipc", "learner and engine share a GPU"
     return "nccl", "the engine has GPUs of its own"
+
+
+def for_server(options: EngineOptions, rank: int, on_gpu: bool) -> tuple[Any, str]:
+    """(init object, reason) for an engine that is a vLLM server: the backend asked for, or `choose`'s.
+
+    rank: of this process under torchrun. Every rank has a server of its own, unless all share one that runs already:
+    then rank 0 sends. Raises ValueError for a backend that needs a GPU where the learner has none.
+    """
+    shared = options.server_url is not None
+    backend, reason = options.transfer, "asked for"
+    if backend == "auto":
+        backend, reason = choose(on_gpu, "own_gpus" if shared or options.server_gpus else "same_gpu")
+    if backend != "shm" and not on_gpu:
+        raise ValueError(f"transfer={backend!r}: the learner is on the CPU; expected auto or shm")
+    init = trainer_init(
+        backend,
+        rank if shared else 0,
+        options.bucket_bytes,
+        address=options.transfer_address,
+        num_workers=len(options.server_gpus) if options.server_gpus else options.server_workers,
+    )
+    return init, reason
 
 
 def trainer_init(

@@ -80,13 +80,14 @@ def json_safe(update_info: dict[str, Any]) -> dict[str, Any]:
 
 
 class HostCopy:
-    """`WeightSource`: what another one yielded last, in host memory.
+    """`WeightSource`: what another one yielded last, kept in host memory, given out on a device.
 
     A server that dies is given these again. The learner's own weights would not do: of a sharded learner every rank
     would have to gather once more, and a learner that works ahead of the rollouts has newer ones.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
+        self._device = device
         self._tensors: dict[str, torch.Tensor] = {}
         self.version: int | None = None  # None: nothing was read yet
 
@@ -104,7 +105,7 @@ class HostCopy:
         return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self._tensors.items()]
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return iter(self._tensors.items())
+        return ((name, tensor.to(self._device)) for name, tensor in self._tensors.items())
 
 
 class VllmServerEngine:
@@ -140,7 +141,8 @@ class VllmServerEngine:
         self._stop_ids = eos_token_ids(self._model_dir)
         self._seeds = random.Random(self._options.seed)
         self._rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-        self._weights = HostCopy()
+        # the backends of vLLM's own move memory of a GPU, one tensor of it at a time
+        self._weights = HostCopy("cpu" if self._transfer.backend == weight_sync.BACKEND else "cuda")
         self._sender: Any = None
         self._version: int | None = 0
         self._restarts_left = 0 if self._options.server_url else 1
@@ -348,6 +350,8 @@ def server_arguments(model_dir: str, options: EngineOptions, backend: str) -> li
         arguments += ["--max-model-len", str(options.max_model_len)]
     if backend == weight_sync.BACKEND:
         arguments += ["--worker-extension-cls", "scope_fast.rollout.vllm_worker.WorkerExtension"]
+    if options.server_gpus is not None:
+        arguments += ["--tensor-parallel-size", str(len(options.server_gpus))]
     if torch.cuda.is_available():
         return [*arguments, "--gpu-memory-utilization", str(options.gpu_memory_utilization)]
     # a prompt split over two passes makes vLLM rewind the request's generator, which CPU generators cannot do
@@ -359,7 +363,8 @@ def server_arguments(model_dir: str, options: EngineOptions, backend: str) -> li
 def server_environment(options: EngineOptions, backend: str) -> dict[str, str]:
     """What else a server for this engine needs to find in its environment."""
     threads = {} if options.num_threads is None else {"OMP_NUM_THREADS": str(options.num_threads)}
-    return threads | ({"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} if backend == "ipc" else {})
+    gpus = {} if options.server_gpus is None else {"CUDA_VISIBLE_DEVICES": ",".join(map(str, options.server_gpus))}
+    return threads | gpus | ({"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} if backend == "ipc" else {})
 
 
 def _rollout(prompt: list[int], choice: dict[str, Any]) -> Rollout:
