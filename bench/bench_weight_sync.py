@@ -59,7 +59,7 @@ def model(case: str, shape: tuple[int, int, int]) -> torch.nn.Module:
 
 def calls(module: torch.nn.Module) -> list[Callable[[], list[torch.Tensor]]]:
     """In the order of CALLS; what a call returns are the full tensors in the wire dtype."""
-    source = ShardedSource(module, WIRE, bench_weight_bucket.BUCKET_BYTES["cpu"])
+    source = ShardedSource(module, WIRE, bench_weight_bucket.BUCKET_BYTES["cpu"], reuse_memory=True)
     parameters = [parameter.detach() for parameter in module.parameters()]
     return [
         lambda: [tensor for _, tensor in source],

@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny_models import make, perturb
 
+from scope_fast.ops import weight_bucket
 from scope_fast.rollout import EngineOptions, Sampling, transfer, vllm_engine, weight_sync
 from scope_fast.rollout.vllm_engine import VllmEngine
 from scope_fast.rollout.watch import PhasedClient
@@ -171,8 +172,9 @@ def test_receiver_makes_private_copies(tmp_path):
     bucket = weight_sync._map(str(path), 256)
     receiver = Receiver()
     receiver.init_transfer_engine(ShmWorkerInit(str(path), 256))
-    receiver.receive_weights(ShmUpdate(**weight_sync._pack([("weight", torch.ones(2, 2))], bucket)))
-    receiver.receive_weights(ShmUpdate(**weight_sync._pack([("bias", torch.zeros(2))], bucket)))
+    for name, tensor in [("weight", torch.ones(2, 2)), ("bias", torch.zeros(2))]:
+        _, (entry,) = weight_bucket.pack([tensor], out=bucket)
+        receiver.receive_weights(ShmUpdate(**weight_sync._update([(name, entry)])))
     assert torch.equal(receiver.model.kept[0][1], torch.ones(2, 2))
     assert torch.equal(receiver.model.kept[1][1], torch.zeros(2))
     assert receiver._missing == set()

@@ -79,7 +79,8 @@ class WeightSource(Protocol):
     """The learner's weights as a stream that can be read again and again.
 
     `metadata()` says what a pass yields, in order, without moving any data. `iter(source)` starts a fresh pass of
-    (name, full tensor) pairs. With sharded weights a pass is a collective: every rank reads it to the end, in step.
+    (name, full tensor) pairs; a tensor may be valid only until the next is asked for. With sharded weights a pass is a
+    collective: every rank reads it to the end, in step.
     A tied output head is yielded under its own name too: engines keep a private, repacked copy of it.
     """
 

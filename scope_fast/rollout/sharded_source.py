@@ -26,14 +26,22 @@ class ShardedSource:
     """`WeightSource` over a module whose parameters are DTensors, split along their first dimension.
 
     dtype: what floating parameters travel in; None: their own. bucket_bytes: of full tensors, gathered at once.
+    reuse_memory: a tensor is valid only until the next one is asked for: every bucket lies where the last one lay.
+        Fresh pages would cost as much as the copy. For readers that copy each tensor at once; vLLM's do not.
     A pass is a collective: every rank of the shard group reads it to its end. With replicas (HSDP) each group reads on
     its own. Raises ValueError for a parameter that is sharded in another way, RuntimeError naming rank and bucket when
     a gather fails or runs into the process group's timeout.
     """
 
-    def __init__(self, module: torch.nn.Module, dtype: torch.dtype | None = None, bucket_bytes: int = 64 << 20) -> None:
-        self._dtype, self._bucket_bytes = dtype, bucket_bytes
-        self._gathered: torch.Tensor | None = None  # the ranks' slots, kept: fresh pages would cost as much as the copy
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        dtype: torch.dtype | None = None,
+        bucket_bytes: int = 64 << 20,
+        reuse_memory: bool = False,
+    ) -> None:
+        self._dtype, self._bucket_bytes, self._reuse_memory = dtype, bucket_bytes, reuse_memory
+        self._memory: dict[str, torch.Tensor] = {}  # by what lies in it
         self._names: dict[torch.Tensor, list[str]] = {}  # a tied parameter is gathered once, and comes under all names
         for name, parameter in module.named_parameters(remove_duplicate=False):
             _check_placement(name, parameter)
@@ -84,24 +92,30 @@ class ShardedSource:
         shard_dim = mesh.ndim - 1
         group, ranks = mesh.get_group(shard_dim), mesh.size(shard_dim)
         locals_ = [p.to_local() for p in parameters]
+        table, num_bytes = weight_bucket.layout(parameters, self._dtype)  # of the full tensors
+        full = self._bytes("full", num_bytes, locals_[0].device, keep=self._reuse_memory)
         if ranks == 1:
-            return weight_bucket.unpack(*weight_bucket.pack(locals_, self._dtype))
+            weight_bucket.pack(locals_, self._dtype, out=full)
+            return weight_bucket.unpack(full, table)
         # the parts of rank 0 are the largest, so its bucket is: every rank knows every rank's table without being told
         tables = [weight_bucket.layout(_parts(parameters, ranks, r), self._dtype) for r in range(ranks)]
-        slots = self._slots(ranks, tables[0][1], locals_[0].device)
-        mine = slots[
-            mesh.get_local_rank(shard_dim)
-        ]  # packed where it will lie: the gather moves only the others' parts
+        slots = self._bytes("slots", ranks * tables[0][1], locals_[0].device, keep=True).view(ranks, -1)
+        mine = slots[mesh.get_local_rank(shard_dim)]  # packed where it will lie: only the others' parts are moved
         weight_bucket.pack(locals_, self._dtype, out=mine)
         dist.all_gather_into_tensor(slots.view(-1), mine, group=group)
         parts = [weight_bucket.unpack(slots[r], table) for r, (table, _) in enumerate(tables)]
-        return [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
+        tensors = weight_bucket.unpack(full, table)
+        for tensor, pieces in zip(tensors, zip(*parts, strict=True), strict=True):
+            torch.cat(pieces, out=tensor)
+        return tensors
 
-    def _slots(self, ranks: int, slot_bytes: int, device: torch.device) -> torch.Tensor:
-        """(ranks, slot_bytes) of memory that was used before, where there is enough of it."""
-        if self._gathered is None or self._gathered.numel() < ranks * slot_bytes:
-            self._gathered = torch.empty(ranks * slot_bytes, dtype=torch.uint8, device=device)
-        return self._gathered[: ranks * slot_bytes].view(ranks, slot_bytes)
+    def _bytes(self, what: str, count: int, device: torch.device, keep: bool) -> torch.Tensor:
+        """(count,) uint8 of memory; keep: the same memory again, where there is enough of it."""
+        if not keep:
+            return torch.empty(count, dtype=torch.uint8, device=device)
+        if what not in self._memory or self._memory[what].numel() < count:
+            self._memory[what] = torch.empty(count, dtype=torch.uint8, device=device)
+        return self._memory[what][:count]
 
 
 def _parts(parameters: list[DTensor], ranks: int, rank: int) -> list[torch.Tensor]:

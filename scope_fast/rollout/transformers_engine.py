@@ -83,7 +83,7 @@ class TransformersEngine:
         self._version = None
         own = dict(self._model.named_parameters(remove_duplicate=False))
         missing = set(own)
-        for name, tensor in as_source(weights):
+        for name, tensor in as_source(weights, reuse_memory=True):
             if name not in own:
                 raise ValueError(f"weights: {name} is not a parameter of the engine's model")
             if own[name].shape != tensor.shape:

@@ -148,7 +148,9 @@ class VllmEngine:
         """The timeline is in `weight_sync.ShmSender`. After `sync_timeout_s` the process ends, see `watch.watchdog`."""
         check_version(version)
         self._check_usable()
-        source = weight_sync.as_source(weights, self._dtype, self._bucket_bytes)
+        source = weight_sync.as_source(
+            weights, self._dtype, self._bucket_bytes, reuse_memory=self._transfer.backend == weight_sync.BACKEND
+        )
         with watch.watchdog(self._sync_timeout_s, self._rank, lambda: self._client.phase), self._working():
             if self._sender is None:
                 self._sender = self._make_sender(source)

@@ -179,7 +179,7 @@ class VllmServerEngine:
         check_version(version)
         self._check_usable()
         dtype = getattr(torch, self._options.dtype)
-        source = weight_sync.as_source(weights, dtype, self._options.bucket_bytes)
+        source = weight_sync.as_source(weights, dtype, self._options.bucket_bytes, reuse_memory=True)
         self._version = None
         if self._transfer.is_sender:
             with self._lock:

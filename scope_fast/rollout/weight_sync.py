@@ -44,13 +44,16 @@ class ModuleSource:
 
 
 def as_source(
-    weights: torch.nn.Module | WeightSource, dtype: torch.dtype | None = None, bucket_bytes: int = 64 << 20
+    weights: torch.nn.Module | WeightSource,
+    dtype: torch.dtype | None = None,
+    bucket_bytes: int = 64 << 20,
+    reuse_memory: bool = False,
 ) -> WeightSource:
     """A module becomes a source: `ShardedSource`, with these options, if it is sharded, else `ModuleSource`."""
     if not isinstance(weights, torch.nn.Module):
         return weights
     if any(isinstance(parameter, DTensor) for parameter in weights.parameters()):
-        return ShardedSource(weights, dtype, bucket_bytes)
+        return ShardedSource(weights, dtype, bucket_bytes, reuse_memory)
     return ModuleSource(weights)
 
 
@@ -155,7 +158,7 @@ class ShmSender:
 
     def _fill_buckets(self) -> Iterator[dict[str, list]]:
         """Copies tensors into the file until it is full, and yields what it holds."""
-        held: list[tuple[str, torch.Tensor]] = []
+        held: list[tuple[str, weight_bucket.Entry]] = []
         used = 0
         for name, tensor in self.source:
             size = bucket_bytes_of(tensor.dtype, tuple(tensor.shape))
@@ -164,12 +167,13 @@ class ShmSender:
                     f"weights: {name} takes {size} bytes, the bucket made for this source has {self._bucket.numel()}"
                 )
             if used + size > self._bucket.numel():
-                yield _pack(held, self._bucket)
+                yield _update(held)
                 held, used = [], 0
-            held.append((name, tensor))
+            _, (entry,) = weight_bucket.pack([tensor], out=self._bucket[used:])  # now: the source may reuse its memory
+            held.append((name, entry._replace(offset_bytes=used)))
             used += size
         if held:
-            yield _pack(held, self._bucket)
+            yield _update(held)
 
 
 class ShmReceiver:
@@ -229,14 +233,13 @@ def register() -> None:
     WeightTransferTrainerFactory.register_engine(BACKEND, sender)
 
 
-def _pack(named: list[tuple[str, torch.Tensor]], bucket: torch.Tensor) -> dict[str, list]:
-    """Copies the tensors into the bucket; returns an `ShmUpdate` as plain values, which any transport can carry."""
-    _, table = weight_bucket.pack([tensor for _, tensor in named], out=bucket)
+def _update(held: list[tuple[str, weight_bucket.Entry]]) -> dict[str, list]:
+    """An `ShmUpdate` as plain values, which any transport can carry."""
     return {
-        "names": [name for name, _ in named],
-        "dtypes": [str(entry.dtype).removeprefix("torch.") for entry in table],
-        "shapes": [list(entry.shape) for entry in table],
-        "offsets": [entry.offset_bytes for entry in table],
+        "names": [name for name, _ in held],
+        "dtypes": [str(entry.dtype).removeprefix("torch.") for _, entry in held],
+        "shapes": [list(entry.shape) for _, entry in held],
+        "offsets": [entry.offset_bytes for _, entry in held],
     }
 
 
