@@ -254,9 +254,9 @@ class Learner(_Section):
     activation_checkpointing: Literal["none", "selective", "full"] = Field(
         "none", description="recompute no block, every other block or every block in the backward"
     )
-    attention: Literal["auto", "flash_attention_2", "sdpa", "flex_attention", "eager"] = Field(
+    attention: Literal["auto", "flash_attention_2", "packed_sdpa", "sdpa", "flex_attention", "eager"] = Field(
         "auto",
-        description="auto: flash-attn on a GPU that has it installed, else sdpa; all mask packed sequences alike",
+        description="auto: flash-attn on a GPU that has it installed, else sdpa; on CPU packed_sdpa (attention.py)",
     )
     liger: bool = Field(False, description="liger-kernel's RMSNorm, RoPE and SwiGLU (CUDA only)")
     shard_size: Positive | None = Field(None, description="ranks that share one copy of the model; None: a node's")

@@ -16,8 +16,6 @@ Losses are sums whose weights carry the global counts, so gradients are SUMMED o
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -73,17 +71,6 @@ def shard(root: nn.Module, model: nn.Module, mesh: DeviceMesh, compute_dtype: to
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-
-
-def attention(kind: str) -> str:
-    """The attention implementation transformers is asked for; "auto" takes flash-attn where it can run.
-
-    All of them keep packed sequences apart, told by the position_ids. ValueError where "flash_attention_2" cannot run.
-    """
-    usable = torch.cuda.is_available() and find_spec("flash_attn") is not None
-    if kind == "flash_attention_2" and not usable:
-        raise ValueError("learner.attention: flash_attention_2 needs a CUDA GPU and the package flash-attn")
-    return ("flash_attention_2" if usable else "sdpa") if kind == "auto" else kind
 
 
 def use_liger(model: nn.Module) -> None:

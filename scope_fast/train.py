@@ -23,7 +23,7 @@ from rich.console import Console
 from torch.distributed.elastic.multiprocessing.errors import record
 from transformers.utils.logging import disable_progress_bar
 
-from scope_fast import checkpoint, convert_gguf, distributed, health, plan, replay, sharding, warm_start
+from scope_fast import attention, checkpoint, convert_gguf, distributed, health, plan, replay, sharding, warm_start
 from scope_fast.config import Config, load, to_yaml
 from scope_fast.data import PromptSource
 from scope_fast.files import WriteFailed, sync, write_whole, writing
@@ -263,7 +263,7 @@ def load_student(config: Config, folder: str):
         raise ValueError(f"model.path: the tokenizer of {folder} has no EOS token, which ends every response")
     # float32 whatever model.dtype says: a bfloat16 weight would lose an update of 1e-6: the learner casts instead
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation=sharding.attention(config.learner.attention)
+        folder, dtype=torch.float32, attn_implementation=attention.implementation(config.learner.attention)
     )
     if config.learner.liger:
         sharding.use_liger(model)
@@ -306,7 +306,9 @@ def make_scorer(config: Config, folder: str | None, tokenizer, stack: ExitStack 
     from transformers import AutoModelForTokenClassification, AutoTokenizer
 
     check_shared_tokenizer(tokenizer, AutoTokenizer.from_pretrained(folder), "prm.path")
-    model = AutoModelForTokenClassification.from_pretrained(folder, dtype=dtype)
+    model = AutoModelForTokenClassification.from_pretrained(
+        folder, dtype=dtype, attn_implementation=attention.implementation()
+    )
     return TokenClassifierScorer(model.to(distributed.device()), settings.token_budget)
 
 

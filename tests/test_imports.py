@@ -27,6 +27,7 @@ LEVELS = [
         "estimators",
         "convert_gguf",
         "files",
+        "attention",
     },
     {"config", "ops", "answers", "checkpoint", "sharding", "health", "interrupt"},
     {"losses", "scope", "rollout", "metrics", "math_answers", "sources", "suite"},

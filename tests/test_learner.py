@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from scope_fast import attention
 from scope_fast.batch import LossOptions, Segment, TrainSequence, pack
 from scope_fast.config import Learner as Settings
 from scope_fast.learner import Learner, check_model, hidden_rows
@@ -158,10 +159,10 @@ def biased(dtype):
     return model
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_attention_does_not_leak_between_packed_sequences(attention):
+@pytest.mark.parametrize("kind", ["packed_sdpa", "sdpa", "eager"])
+def test_attention_does_not_leak_between_packed_sequences(kind):
     """Whatever stands before a sequence in the pack, its hidden states keep their bits."""
-    model = make(attn_implementation=attention)
+    model = make(attn_implementation=attention.implementation(kind))
     target = sequence([1, 2], [3, 4, 5, 6])
 
     def rows(*before):

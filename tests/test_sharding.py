@@ -11,7 +11,7 @@ import torch.distributed as dist
 from fixtures.sharded_learner import CASES, gradients_of, learner_of, minibatches_of
 from test_learner import distance, make, mixture
 
-from scope_fast import sharding
+from scope_fast import attention, sharding
 from scope_fast.batch import LossOptions, pack
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
@@ -77,22 +77,45 @@ def scores(model, budget):
     return [value for owner in sorted(found) for value in found[owner]]
 
 
-@pytest.mark.parametrize("kind", ["eager", "sdpa", "flex_attention"])
+@pytest.mark.parametrize("kind", ["eager", "packed_sdpa", "sdpa", "flex_attention"])
 def test_every_attention_keeps_packed_sequences_apart(kind):
     """Against one sequence at a time through eager attention. (flex_attention has no backward on CPU; uncompiled it
     runs the same masks without half a minute of compilation.)"""
     model = make(torch.float32)
     alone = scores(model, 1)
-    model.set_attn_implementation(sharding.attention(kind))
+    model.set_attn_implementation(attention.implementation(kind))
     with torch.compiler.set_stance("force_eager"):
         assert scores(model, 64) == pytest.approx(alone, abs=1e-5)
+
+
+def test_packed_attention_keeps_to_a_sliding_window():
+    windows = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1, "num_hidden_layers": 3}
+    model = make(torch.float64, **windows)
+    assert model.config.layer_types.count("sliding_attention") == 2
+    ids, positions = torch.arange(1, 16)[None], torch.tensor([[*range(9), *range(6)]])
+    outputs = {}
+    for kind in ("eager", "packed_sdpa"):
+        model.set_attn_implementation(attention.implementation(kind))
+        outputs[kind] = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+    torch.testing.assert_close(outputs["packed_sdpa"], outputs["eager"], rtol=1e-4, atol=1e-5)  # its softmax is float32
+    for layer in model.model.layers:
+        layer.self_attn.sliding_window = None
+    whole = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+    assert (whole - outputs["packed_sdpa"]).abs().max() > 0.1
+
+
+def test_packed_attention_wants_one_row():
+    model = make(torch.float32)
+    model.set_attn_implementation(attention.implementation("packed_sdpa"))
+    with pytest.raises(ValueError, match=r"packed_sdpa needs one row .* got query \(2, 2, 3, 16\)"):
+        model(input_ids=torch.ones(2, 3, dtype=torch.int64))
 
 
 def test_what_needs_a_gpu_is_refused_by_name():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(ValueError, match=r"learner\.attention: flash_attention_2 needs a CUDA GPU"):
-        sharding.attention("flash_attention_2")
+        attention.implementation("flash_attention_2")
     with pytest.raises(ValueError, match=r"learner\.liger: .* need a CUDA GPU"):
         sharding.use_liger(make())
-    assert sharding.attention("auto") == "sdpa"
+    assert attention.implementation("auto") == "packed_sdpa"

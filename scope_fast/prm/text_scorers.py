@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from scope_fast import attention
 from scope_fast.ops.step_pool import PrmHead
 from scope_fast.prm.formats import Encoded, Format, QwenFormat, RlhflowFormat, ShepherdFormat
 from scope_fast.prm.scorers import packed_scores
@@ -67,12 +68,13 @@ def load(kind: str, folder: str, student, dtype: torch.dtype, device: torch.devi
     from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Model
 
     fmt = FORMATS[kind](AutoTokenizer.from_pretrained(folder))
+    how = {"dtype": dtype, "attn_implementation": attention.implementation()}
     if kind == "qwen2.5-math-prm":
-        body = Qwen2Model.from_pretrained(folder, dtype=dtype).to(device)
+        body = Qwen2Model.from_pretrained(folder, **how).to(device)
         hidden, hidden_bias, weight, bias = (t.to(device, dtype) for t in read_tensors(folder, QWEN_HEAD))
         head = PrmHead(weight, bias, hidden_weight=hidden, hidden_bias=hidden_bias)
         return InProcessScorer(student, fmt, body, head, token_budget)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
+    model = AutoModelForCausalLM.from_pretrained(folder, **how).to(device)
     lm_head = model.get_output_embeddings()
     for name in ("final_logit_softcapping", "logit_scale"):
         if getattr(model.config, name, None) not in (None, 1.0):

@@ -1,0 +1,75 @@
+"""Attention over packed sequences: which implementation transformers is asked for, and the one that is ours.
+
+Sequences lie one behind the other in a batch of one row and are told apart by their position_ids, which start at 0 in
+each. flash-attn reads their lengths. SDPA takes a block-diagonal mask and computes all of it, L^2 for a row of L
+tokens, masked or not; `packed_sdpa` calls it once for each sequence, causal and without a mask: the sum of the squares.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+PACKED = "packed_sdpa"
+
+
+def implementation(kind: str = "auto") -> str:
+    """The attention implementation transformers is asked for.
+
+    "auto": flash-attn where it can run, `packed_sdpa` on CPU, else "sdpa" (a GPU would have to tell the lengths to the
+    host in every layer). ValueError where "flash_attention_2" cannot run.
+    """
+    usable = torch.cuda.is_available() and find_spec("flash_attn") is not None
+    if kind == "flash_attention_2" and not usable:
+        raise ValueError("learner.attention: flash_attention_2 needs a CUDA GPU and the package flash-attn")
+    if kind == "auto":
+        kind = "flash_attention_2" if usable else "sdpa" if torch.cuda.is_available() else PACKED
+    if kind == PACKED:
+        from transformers import AttentionInterface, AttentionMaskInterface
+
+        AttentionInterface.register(PACKED, packed_sdpa)
+        AttentionMaskInterface.register(PACKED, lambda *args, **kwargs: None)
+    return kind
+
+
+def packed_sdpa(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None = None,
+    sliding_window: int | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """transformers' SDPA, sequence by sequence. query (1, H, L, d), key and value (1, H_kv, L, d) -> (1, L, H, d).
+
+    ValueError for a batch of several rows, or where the model does not pass position_ids (1, L) on to its attention.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if position_ids is None or query.shape[0] != 1 or position_ids.shape != (1, query.shape[2]):
+        raise ValueError(
+            f"learner.attention: {PACKED} needs one row of packed sequences and their position_ids in "
+            f"{type(module).__name__}; got query {tuple(query.shape)}"
+        )
+    starts = (position_ids[0, 1:] == 0).nonzero()[:, 0] + 1
+    lengths = [end - start for start, end in pairwise([0, *starts.tolist(), query.shape[2]])]
+    outputs = []
+    for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True):
+        mask = _window(q, sliding_window)
+        outputs.append(sdpa_attention_forward(module, q, k, v, mask, **kwargs)[0])
+    return torch.cat(outputs, 1), None
+
+
+def _window(query: Tensor, window: int | None) -> Tensor | None:
+    """The causal mask of a sliding window, for a sequence that is longer; None: plain causal."""
+    length = query.shape[2]
+    if window is None or length <= window:
+        return None
+    at = torch.arange(length, device=query.device)
+    back = at[:, None] - at[None, :]
+    return ((back >= 0) & (back < window))[None, None]
