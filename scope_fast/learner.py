@@ -237,8 +237,12 @@ class Learner:
         on halves. Only a lone process can: the other ranks wait in the collectives that this one has left."""
         try:
             return work(self._fitting(batches))
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError as error:
             if self.halvings or distributed.world_size() > 1:
+                error.add_note(
+                    f"rank {distributed.rank()} ran out of memory at learner.token_budget={self.token_budget}: start "
+                    "the run again with half of it, it goes on from its last checkpoint"
+                )
                 raise
         self.halvings = 1  # out here, where the exception no longer keeps the activations of its frames
         self.optimizer.zero_grad(set_to_none=True)

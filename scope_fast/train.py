@@ -49,7 +49,8 @@ USAGE = (
     "       python -m scope_fast.train --replay RUN/rollouts.jsonl[:STEP] [--dotted.key value ...]"
 )
 MAY_CHANGE = frozenset(  # between the parts of a resumed run
-    {"steps", "out", "checkpoint", "logging", "learner.max_skipped_updates", "distributed.timeout_s"}
+    {"steps", "out", "checkpoint", "logging", "learner.token_budget", "learner.max_skipped_updates"}
+    | {"distributed.timeout_s"}
 )
 LAST = ("export", "report.html")  # what is made after the last step, in this order
 

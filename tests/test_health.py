@@ -9,7 +9,7 @@ import torch
 from test_learner import NLL, RL, biased, distance, gradients_of, learner_of, make, mixture, sequence
 from test_train import read_metrics
 
-from scope_fast import train
+from scope_fast import distributed, train
 from scope_fast.batch import LossOptions, pack, split
 from scope_fast.scope import advantage
 
@@ -130,6 +130,20 @@ def test_a_second_out_of_memory_error_is_raised(monkeypatch):
     with pytest.raises(torch.OutOfMemoryError):
         learner.update([mixture()])
     assert all(torch.equal(before[name], value) for name, value in learner.model.state_dict().items())
+
+
+def test_one_of_several_ranks_cannot_repeat_and_says_what_to_do(monkeypatch):
+    learner = learner_of(make(), token_budget=60)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+
+    def work(batches):
+        raise torch.OutOfMemoryError("CUDA out of memory (injected)")
+
+    with pytest.raises(torch.OutOfMemoryError) as raised:
+        learner._within_memory(work, [])
+    (note,) = raised.value.__notes__
+    assert "rank 0 ran out of memory at learner.token_budget=60: start the run again with half of it" in note
+    assert learner.halvings == 0
 
 
 def test_gradients_survive_a_split():

@@ -159,6 +159,7 @@ def test_a_directory_of_another_configuration_is_refused(tmp_path):
     other = parse(["--out", str(tmp_path), "--learner.lr", "0.5"])[0]
     with pytest.raises(ValueError, match=r"holds a run of another configuration \(learner.lr differ\)"):
         claim(other, "auto")
+    claim(parse(["--out", str(tmp_path), "--learner.token_budget", "64"])[0], "auto")  # changes no result
     longer = parse(["--out", str(tmp_path), "--steps", "7"])[0]
     with pytest.raises(ValueError, match=r"steps differ"):  # under a cosine a longer run is another run
         claim(longer, "auto")
