@@ -195,6 +195,9 @@ def test_sft_trains_on_the_teacher_s_verified_solutions_alone():
     assert solution.loss_weight == [1.0] * 3  # the coefficient balances two losses; there is one
 
 
+ONE_REPAIR = {"scope.max_repaired_per_group": 1}  # a group
+
+
 @pytest.mark.parametrize(
     ("name", "stamp", "scores", "repairs"),
     [
@@ -206,7 +209,7 @@ def test_sft_trains_on_the_teacher_s_verified_solutions_alone():
     ],
 )
 def test_what_a_method_is_made_of(name, stamp, scores, repairs):
-    made = method(configured(method=name), Random(0))
+    made = method(configured(method=name, **ONE_REPAIR), Random(0))
     assert (made.stamp, made.scores) == (stamp, scores)
     group = [trajectory((2,) * 4, first_error=e, sample=i, prompt=prompt()) for i, e in enumerate((1, 3, 2))]
     assert [t.sample for t in made.choose(group)] == list(repairs)
@@ -220,14 +223,16 @@ def test_the_configuration_reaches_the_selection():
             trajectory((2,) * n, first_error=e, sample=i) for i, (n, e) in enumerate([(4, 2), (4, 3), (5, 2), (9, 8)])
         ]
         group[2].reward = 1.0
-        return [t.sample for t in method(configured(method="scope", **overrides), Random(1)).choose(group)]
+        return [
+            t.sample for t in method(configured(method="scope", **{**ONE_REPAIR, **overrides}), Random(1)).choose(group)
+        ]
 
     assert chosen() == [1]
     assert chosen(**{"scope.max_repaired_per_group": 2}) == [1, 0]
     assert chosen(**{"scope.length_penalty": "false"}) == [3]
     assert chosen(**{"scope.repair_below": 0.25}) == []
     draws = {
-        method(configured(**{"scope.selection": "random"}), Random(seed)).choose(
+        method(configured(**{**ONE_REPAIR, "scope.selection": "random"}), Random(seed)).choose(
             [trajectory((2, 2), first_error=1, sample=i) for i in range(3)]
         )[0].sample
         for seed in range(20)

@@ -57,7 +57,7 @@ def test_unknown_keys_name_the_nearest(key, message):
         ("loss.kl_coef", "0.1", "loss.kl_coef=0.1 needs kl to be one of k1, k2, k3"),
         ("loss.dual_clip", "0.9", "loss.dual_clip=0.9: expected a value above 1"),
         ("rollout.context", "128", "rollout.max_tokens=128 leaves no room for a prompt in rollout.context=128"),
-        ("learner.minibatches", "33", "learner.minibatches=33 exceeds rollout.prompts_per_step=32"),
+        ("learner.minibatches", "25", "learner.minibatches=25 exceeds rollout.prompts_per_step=24"),
         ("out", "runs/{metod}", "out='runs/{metod}': only {method} and {seed} are filled in"),
         ("out", "runs/{", "out='runs/{': only {method} and {seed} are filled in"),
         ("loss.clip_low", "[1", "--loss.clip_low: not YAML"),
