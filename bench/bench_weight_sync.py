@@ -4,7 +4,7 @@
 
 case "one rank": against a plain copy of as many bytes. case "two ranks": gloo, this process and one it starts; against
 a full_tensor per parameter, which is what a sync without buckets does (and moves 4 bytes a parameter, not 2).
-Every call is a collective: `Pair.run` tells rank 1 which call to make, then makes it here.
+A call of two ranks is a collective: `Pair.run` tells rank 1 which call to make, then it is made here.
 shape: (L, D, M) as in bench_weight_bucket: by default 64 MiB in the wire dtype, one bucket.
 """
 
@@ -128,7 +128,8 @@ def both_ranks(p: Tensors, name: str) -> Callable[[], list[torch.Tensor]]:
     number = CALLS.index(name)
 
     def run() -> list[torch.Tensor]:
-        pair().run(number)
+        if p.spec.case == "two ranks":  # one rank has nothing to wait for: rank 1 would only take half of the memory
+            pair().run(number)
         return p.calls[number]()
 
     return run
