@@ -14,7 +14,7 @@ from scope_fast.rollout import Rollout, vllm_engine
 
 WORDS = {
     "method": "grpo", "steps": "4", "rollout.engine": "vllm_server", "rollout.overlap": "one_step",
-    "rollout.prompts_per_step": "32", "rollout.num_threads": "1", "loss.importance_cap": "2",
+    "rollout.prompts_per_step": "48", "rollout.num_threads": "1", "loss.importance_cap": "2",
     "prm.kind": "exact", "learner.lr": "1e-3", "verifier.workers": "1",
 }  # fmt: skip
 
@@ -60,7 +60,7 @@ def test_every_token_is_of_the_version_it_says(tmp_path):
         assert trainer.engine.version == trainer.done == 2
         trainer.step()  # the third step again, from the rollouts that were kept
     *lines, last = steps_of(config.run_dir)
-    assert [line["step"] for line in last] == [3] * 32 * 8
+    assert [line["step"] for line in last] == [3] * 48 * 8
     for kept in ("response_ids", "logprobs", "weight_versions", "trained"):
         assert [line[kept] for line in last] == [line[kept] for line in lines[2]]
 

@@ -9,7 +9,6 @@ import signal
 import socket
 import threading
 import time
-import urllib.request
 from pathlib import Path
 
 import pytest
@@ -215,18 +214,28 @@ def assert_gone(leader: int) -> None:
     assert processes_of(leader) == []
 
 
-def generated_tokens(engine):
-    """All the tokens that the server has drawn since its start, by its own account."""
-    with urllib.request.urlopen(f"{engine._process.url}/metrics", timeout=30) as answer:
-        lines = answer.read().decode().splitlines()
-    return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:generation_tokens_total"))
+class Sampled(threading.Thread):
+    """`engine.generate` on another thread; `mid_way` returns when the first of many responses is whole."""
 
+    def __init__(self, engine, monkeypatch, requests):
+        super().__init__()
+        self.engine, self.requests, self.groups, self.first = engine, requests, [], threading.Event()
+        one = engine._one
 
-def wait_for_tokens(engine, count):
-    """Requests are in the middle of their responses then, however slow the machine is."""
-    deadline = time.monotonic() + 60.0
-    while generated_tokens(engine) < count:
-        assert time.monotonic() < deadline, f"not {count} tokens within a minute"
+        def noted(body):
+            rollout = one(body)
+            self.first.set()
+            return rollout
+
+        monkeypatch.setattr(engine, "_one", noted)
+        self.start()
+
+    def run(self):
+        seeds = [[i] for i in range(self.requests)]
+        self.groups += self.engine.generate([[5, 6]] * self.requests, 1, Sampling(max_tokens=CONTEXT), seeds)
+
+    def mid_way(self):
+        assert self.first.wait(120)
 
 
 @needs_vllm
@@ -263,22 +272,18 @@ def test_a_synced_server_equals_a_fresh_engine_bitwise(engine, model, tmp_path):
 
 
 @needs_vllm
-def test_weights_switched_in_flight(engine, model):
+def test_weights_switched_in_flight(engine, model, monkeypatch):
     """Every token's log-probability is exactly that of the version the engine says drew it."""
     old = make(tied=True)
     old.load_state_dict(model.state_dict())
-    drawn, seeds = [], [[i] for i in range(12)]
-    sampling = Sampling(max_tokens=CONTEXT)
-    thread = threading.Thread(target=lambda: drawn.extend(engine.generate([[5, 6]] * 12, 1, sampling, seeds)))
-    so_far = generated_tokens(engine)
-    thread.start()
-    wait_for_tokens(engine, so_far + 100)
+    sampled = Sampled(engine, monkeypatch, requests=48)  # three times what is decoded at once
+    sampled.mid_way()
     perturb(model, seed=3)
     engine.update_weights(model, 3)
-    thread.join()
-    rollouts = [group[0] for group in drawn]
+    sampled.join()
+    rollouts = [group[0] for group in sampled.groups]
     crossing = [r for r in rollouts if len(r.weight_versions) == 2]
-    assert crossing  # else the switch came before or after all of it
+    assert crossing, [r.weight_versions for r in rollouts]  # else the switch came before or after all of it
     for r in crossing:
         (first, _, switch), (second, _, end) = r.weight_versions
         assert (first, second, end) == (2, 3, len(r.token_ids))
@@ -292,18 +297,16 @@ def test_weights_switched_in_flight(engine, model):
 
 @needs_vllm
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="counts processes through /proc")
-def test_a_killed_server_comes_back_once(engine, model, capfd):
+def test_a_killed_server_comes_back_once(engine, model, capfd, monkeypatch):
     before, first = one_by_one(engine), engine.pid
     sampling, seeds = Sampling(max_tokens=CONTEXT), [[i] for i in range(8)]
     undisturbed = engine.generate([[5, 6]] * 8, 1, sampling, seeds)
-    drawn = []
-    thread = threading.Thread(target=lambda: drawn.extend(engine.generate([[5, 6]] * 8, 1, sampling, seeds)))
     perturb(model, seed=9)  # the learner is ahead by now: it must not be asked again
-    so_far = generated_tokens(engine)
-    thread.start()
-    wait_for_tokens(engine, so_far + 100)
+    sampled = Sampled(engine, monkeypatch, requests=8)
+    sampled.mid_way()
     os.kill(first, signal.SIGKILL)
-    thread.join()
+    sampled.join()
+    drawn = sampled.groups
     perturb(model, seed=9)
     assert "vLLM server: died in generate; starting another" in capfd.readouterr().err
     assert [r.token_ids for g in drawn for r in g] == [r.token_ids for g in undisturbed for r in g]
