@@ -104,6 +104,7 @@ class Rollout(_Section):
     top_p: float = Field(1.0, gt=0, le=1.0, description="keep 1.0: the learner's logprobs know no nucleus")
     max_tokens: Positive = 128
     context: Positive = Field(256, description="prompt and response together; longer prompts are skipped and counted")
+    max_num_seqs: Positive = Field(256, description="most sequences the engine decodes at once")
     kv_cache_gib: float = Field(1.0, gt=0, description="vLLM's cache on CPU")
     gpu_memory_utilization: float = Field(
         0.4, gt=0, lt=1, description="vLLM's share of a GPU it shares with the learner"

@@ -10,7 +10,20 @@ from scope_fast.batch import Segment, TrainSequence
 from scope_fast.scope.trajectory import Trajectory
 
 
-def record(step: int, trajectory: Trajectory, sequence: TrainSequence | None, tokenizer) -> dict[str, Any]:
+class TokenTexts:
+    """Each token's own text, for display: bytes that are no character alone show as U+FFFD."""
+
+    def __init__(self, tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._cache: dict[int, str] = {}  # a decode takes a third of a millisecond, thousands of times a step
+
+    def __call__(self, token_ids: list[int]) -> list[str]:
+        for token in set(token_ids) - self._cache.keys():
+            self._cache[token] = self._tokenizer.decode([token])
+        return [self._cache[token] for token in token_ids]
+
+
+def record(step: int, trajectory: Trajectory, sequence: TrainSequence | None, texts: TokenTexts) -> dict[str, Any]:
     """The record of a trajectory at a step. sequence: what was trained on in its place, None if nothing was."""
     prompt, repair = trajectory.prompt, trajectory.repair
     return {
@@ -24,7 +37,7 @@ def record(step: int, trajectory: Trajectory, sequence: TrainSequence | None, to
         "prompt_ids": list(prompt.ids),
         "response": trajectory.text,
         "response_ids": trajectory.token_ids,
-        "tokens": token_texts(tokenizer, trajectory.token_ids),
+        "tokens": texts(trajectory.token_ids),
         "logprobs": trajectory.logprobs,
         "reward": trajectory.reward,
         "verdict": trajectory.verdict,
@@ -37,23 +50,15 @@ def record(step: int, trajectory: Trajectory, sequence: TrainSequence | None, to
         "first_error": trajectory.first_error,
         "selection": None if trajectory.selection is None else asdict(trajectory.selection),
         "selected": repair is not None,
-        "repair": None
-        if repair is None
-        else {**asdict(repair), "suffix_tokens": token_texts(tokenizer, repair.suffix_ids)},
-        "trained": None if sequence is None else _trained(sequence, tokenizer),
+        "repair": None if repair is None else {**asdict(repair), "suffix_tokens": texts(repair.suffix_ids)},
+        "trained": None if sequence is None else _trained(sequence, texts),
     }
 
 
-def token_texts(tokenizer, token_ids: list[int]) -> list[str]:
-    """Each token's own text, for display: bytes that are no character alone show as U+FFFD."""
-    texts = {token: tokenizer.decode([token]) for token in set(token_ids)}  # a decode costs microseconds, tokens repeat
-    return [texts[token] for token in token_ids]
-
-
-def _trained(sequence: TrainSequence, tokenizer) -> dict[str, Any]:
+def _trained(sequence: TrainSequence, texts: TokenTexts) -> dict[str, Any]:
     return {
         "response_ids": sequence.response_ids,
-        "tokens": token_texts(tokenizer, sequence.response_ids),
+        "tokens": texts(sequence.response_ids),
         "segment": sequence.segment,
         "advantage": _exact(sequence.advantage),
         "loss_weight": _exact(sequence.loss_weight),

@@ -278,7 +278,7 @@ def engine_options(config: Config) -> EngineOptions:
     return EngineOptions(
         dtype=config.model.dtype,
         max_model_len=rollout.context,
-        max_num_seqs=min(256, rollout.prompts_per_step * rollout.group_size),
+        max_num_seqs=min(rollout.max_num_seqs, rollout.prompts_per_step * rollout.group_size),
         seed=config.seed,
         num_threads=rollout.num_threads,
         kv_cache_bytes=int(rollout.kv_cache_gib * 2**30),

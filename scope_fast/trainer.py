@@ -22,7 +22,7 @@ from scope_fast.diversity import diversity_values
 from scope_fast.learner import Learner
 from scope_fast.metrics import RolloutLog, Timer, fold, to_json
 from scope_fast.prm.scorers import StepScorer
-from scope_fast.records import record
+from scope_fast.records import TokenTexts, record
 from scope_fast.rollout.base import RolloutEngine, Sampling
 from scope_fast.sampler import Group, Sampler, seed_of
 from scope_fast.scope.advantage import Stamped, method
@@ -51,7 +51,7 @@ class Trainer:
         self.config, self.tokenizer, self.data, self.engine = config, tokenizer, data, engine
         self.verifier, self.scorer, self.teacher, self.learner, self.log = verifier, scorer, teacher, learner, log
         self.done = 0  # steps
-        self.sampler = Sampler(config, tokenizer, data, engine)
+        self.sampler, self.token_texts = Sampler(config, tokenizer, data, engine), TokenTexts(tokenizer)
         synchronize = torch.cuda.synchronize if learner.device.type == "cuda" else None
         self.timer, self.counts = Timer(synchronize), Counter[str]()
 
@@ -171,7 +171,7 @@ class Trainer:
         failed: the update was left out (in part): the same lines are kept apart, too.
         """
         lines = {
-            (trajectory.group, trajectory.sample): to_json(record(self.done, trajectory, sequence, self.tokenizer))
+            (trajectory.group, trajectory.sample): to_json(record(self.done, trajectory, sequence, self.token_texts))
             for group, sequences in zip(groups, stamped, strict=True)
             for trajectory, sequence in zip(group, sequences, strict=True)
         }

@@ -7,7 +7,7 @@ import pytest
 
 from scope_fast import train
 from scope_fast.batch import Segment, TrainSequence
-from scope_fast.records import _trained, trained_sequence
+from scope_fast.records import TokenTexts, _trained, trained_sequence
 from scope_fast.replay import find
 
 SETTINGS = [
@@ -84,7 +84,7 @@ def test_a_sequence_survives_its_record_bit_for_bit():
     numbers = [0.1 + 0.2, 1e-320, -1 / 3, math.inf, -math.inf]
     segment = [Segment.RL] * 3 + [Segment.NLL] * 2
     made = TrainSequence([1], [5, 6, 7, 8, 9], segment, numbers, [1.0] * 5, [-0.1, -1e-17, -2.5, math.nan, math.nan])
-    line = {"prompt_ids": [1], "logprobs": [-0.1, -1e-17, -2.5, -9.0], "trained": _trained(made, Letters())}
+    line = {"prompt_ids": [1], "logprobs": [-0.1, -1e-17, -2.5, -9.0], "trained": _trained(made, TokenTexts(Letters()))}
     got = trained_sequence(json.loads(json.dumps(line, allow_nan=False)))
     assert (got.advantage, got.loss_weight, got.segment) == (numbers, [1.0] * 5, segment)
     assert got.rollout_logprob[:3] == made.rollout_logprob[:3] and all(map(math.isnan, got.rollout_logprob[3:]))

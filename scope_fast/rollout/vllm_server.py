@@ -312,8 +312,8 @@ class VllmServerEngine:
         return WeightTransferTrainerFactory.trainer_init(self._transfer, client=self._client, source=self._weights)
 
     def _ask(self, bodies: list[dict[str, Any]]) -> list[Rollout]:
-        """More in flight than the server decodes at once would gain nothing."""
-        with ThreadPoolExecutor(min(len(bodies), self._options.max_num_seqs) or 1) as threads:
+        """Twice as many in flight as the server decodes at once: it has the next at hand when one ends."""
+        with ThreadPoolExecutor(min(len(bodies), 2 * self._options.max_num_seqs) or 1) as threads:
             try:
                 return list(threads.map(self._one, bodies))
             except BaseException:
