@@ -24,6 +24,7 @@ PRESETS = Path(__file__).parent / "configs"
 Positive = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**20)]  # Random(-n) is Random(n), and seeds are spread by a million each
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Style = Literal["plain", "swapped", "worded"]  # tasks.STYLES
 
 
 class _Section(BaseModel):
@@ -45,6 +46,7 @@ class WarmStart(_Section):
     prm_steps: Positive = Field(1200, description="optimiser steps of the process reward model on step labels")
     slip_rate: Share = Field(0.1, description="share of the student's training steps with a wrong result")
     prm_slip_rate: Share = Field(0.3, description="share of wrong steps in the reward model's training solutions")
+    prm_styles: list[Style] = Field(["plain"], min_length=1, description="how those are written, one drawn for each")
     batch_sequences: Positive = 64
     lr: float = Field(3e-3, gt=0)
     seed: Seed = 0
@@ -181,6 +183,7 @@ class Teacher(_Section):
     )
     engine: Literal["auto", "vllm", "transformers"] = Field("transformers", description="of kind model")
     endpoint: Endpoint = Endpoint()
+    styles: list[Style] = Field(["plain"], min_length=1, description="of kind solver: one is drawn for every suffix")
     temperature: float = Field(0.0, ge=0)
     timeout_s: float = Field(60.0, gt=0, description="for all requests of a step together")
     max_tokens: Positive = Field(128, description="budget of a suffix; one that does not finish within it is rejected")

@@ -1,12 +1,13 @@
 """`python -m scope_fast.evaluate MODEL_OR_RUN`: how good, how sure, and how diverse a model's answers are.
 
 MODEL_OR_RUN is a Hugging Face folder or hub name, "tiny" (the embedded student), or a run directory: then its export/
-is evaluated under its own config.yaml. What is asked:
+is evaluated under its own config.yaml, or with --step one of its checkpoints. What is asked:
     by default          the embedded tasks of the configuration, on prompts no run trains on; of a run with data.path,
                         the rows it held out
     --data.path FILE    every row of a data set             --suite FILE    every row of a list of benchmarks
 Any configuration key may follow, as for `scope_fast.train`: --rollout.max_tokens 2048 --verifier.score my.module:score
-The result is a table, and a JSON file (RUN/evaluation.json, or where --json says). scorecard.py says what is measured.
+The result is a table, and a JSON file (RUN/evaluation.json or evaluation_step_N.json, or where
+--json says). scorecard.py says what is measured.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
-from scope_fast import diversity, warm_start
+from scope_fast import checkpoint, diversity, warm_start
 from scope_fast.config import Config, load
 from scope_fast.data import Encoder, PromptSource
 from scope_fast.prm.scorers import ExactScorer, StepScorer
@@ -39,7 +41,7 @@ from scope_fast.scorecard import Result, average, score_benchmark, tables
 from scope_fast.sources import read_rows
 from scope_fast.suite import Suite, dotted, load_suite
 from scope_fast.tasks import TASKS, get_task
-from scope_fast.train import engine_options, make_scorer, overrides
+from scope_fast.train import engine_options, load_student, make_scorer, overrides, role_folder
 from scope_fast.verifier import Verifier
 
 USAGE = "python -m scope_fast.evaluate MODEL_OR_RUN [options] [--dotted.key value ...]"
@@ -66,10 +68,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Request:
-    """A command line, understood. run: the run directory, if that is what was named."""
+    """A command line, understood. run: the run directory, if that is what was named; step: of its checkpoint."""
 
     folder: str
     run: Path | None
+    step: int | None
     config: Config
     suite: Suite | None
     ks: tuple[int, ...]
@@ -88,6 +91,9 @@ def main(argv: list[str] | None = None) -> int:
     with ExitStack() as stack:
         try:
             request = parse(arguments)
+            if request.step is not None:
+                made = Path(stack.enter_context(TemporaryDirectory(prefix="scope_fast_evaluate_")))
+                request = replace(request, folder=str(export_step(request, made)))
             evaluator = Evaluator(request, stack)
         except (ValueError, OSError, ImportError) as error:
             console.print(f"error: {error}", markup=False, soft_wrap=True)
@@ -119,6 +125,7 @@ def parse(arguments: list[str]) -> Request:
     add = parser.add_argument
     add("--task", help="of the suite's benchmarks or the embedded tasks, only these: a,b")
     add("--k", help=f"k of pass@k and maj@k, say 1,4,8 (default: {','.join(map(str, KS))})")
+    add("--step", type=int, help="of a run directory: the checkpoint of that step, in the place of its export")
     add("--samples", type=int, help="responses to a problem (default: the suite's, or the largest k)")
     add("--temperature", type=float, help="(default: evaluation.temperature)")
     add("--prompts", type=int, help="most problems of a benchmark (default: evaluation.prompts, or all rows)")
@@ -142,22 +149,29 @@ def parse(arguments: list[str]) -> Request:
     pairs = overrides(rest)
     named = {"rollout.engine": options.engine, "seed": options.seed, "evaluation.temperature": options.temperature}
     pairs += [(key, str(value)) for key, value in named.items() if value is not None]
-    run, folder, base = locate(arguments[0])
+    run, folder, base = locate(arguments[0], options.step)
     config = load(base, [*(dotted(suite.config) if suite else ()), *pairs])
+    results = "evaluation.json" if options.step is None else f"evaluation_step_{options.step}.json"
     own_data = suite is None and "data.path" not in dict(pairs)
     return _checked(
         Request(
-            folder or str(_tiny(config)), run, config, suite, _ks(options.k), options.samples,
+            folder or (str(_tiny(config)) if options.step is None else ""), run, options.step,
+            config, suite, _ks(options.k), options.samples,
             config.evaluation.temperature, options.prompts, own_data,
             tuple(name.strip() for name in options.task.split(",")) if options.task else (),
-            options.prm, options.json or (run / "evaluation.json" if run else None),
+            options.prm, options.json or (run / results if run else None),
         )
     )  # fmt: skip
 
 
-def locate(name: str) -> tuple[Path | None, str | None, Path | None]:
-    """(run directory, model folder or hub name, configuration file) of MODEL_OR_RUN; no folder for "tiny"."""
+def locate(name: str, step: int | None = None) -> tuple[Path | None, str | None, Path | None]:
+    """(run directory, model folder or hub name, configuration file) of MODEL_OR_RUN; no folder for "tiny", nor for the
+    checkpoint of a step, which is made one when everything else is known to be right."""
     path = Path(name)
+    if step is not None:
+        if not (path / "checkpoints" / f"step_{step}").is_dir():
+            raise ValueError(f"--step {step}: {name} has no checkpoints/step_{step}")
+        return path, None, path / "config.yaml"
     if (path / "config.yaml").is_file():
         if not (path / "export" / "config.json").is_file():
             raise ValueError(f"{name} is a run without an export: it has not finished")
@@ -165,6 +179,16 @@ def locate(name: str) -> tuple[Path | None, str | None, Path | None]:
     if path.exists() and not (path / "config.json").is_file():
         raise ValueError(f"{name} is neither a run directory (config.yaml) nor a Hugging Face folder (config.json)")
     return None, None if name == "tiny" else name, None
+
+
+def export_step(request: Request, folder: Path) -> Path:
+    """The Hugging Face folder of a checkpoint, written under `folder`."""
+    with progress_bars(console) as progress:
+        student = role_folder(request.config, "student", progress)
+    model, tokenizer = load_student(request.config, student)
+    state = checkpoint.load(request.run / "checkpoints" / f"step_{request.step}")
+    model.load_state_dict(state["model"])
+    return checkpoint.export(folder, model, tokenizer)
 
 
 def _tiny(config: Config) -> Path:
@@ -333,7 +357,7 @@ def record(request: Request, results: list[Result], averages: list[Result]) -> d
     """The JSON file: what was asked, of what, and the estimates."""
     rollout = request.config.rollout
     return {
-        "model": request.folder,
+        "model": request.folder if request.step is None else f"{request.run} step {request.step}",
         "seed": request.config.seed,
         "sampling": {
             "engine": rollout.engine,

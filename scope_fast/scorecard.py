@@ -52,15 +52,16 @@ class Result:
     counts: dict[str, int] = field(default_factory=dict)
     group: str | None = None
     drawn: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
+    by_problem: dict[str, list[float]] = field(default_factory=dict, repr=False)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Plain values; by_problem: what each problem counts for, in their order, for comparisons in pairs."""
         metrics = {
             name: {"value": e.value, "low": e.low, "high": e.high, "problems": self.support[name]}
             for name, e in self.estimates.items()
         }
         own = {"group": self.group, "problems": self.problems, "samples": self.samples}
-        return {**own, "metrics": metrics, "counts": self.counts}
+        return {**own, "metrics": metrics, "counts": self.counts, "by_problem": self.by_problem}
 
 
 def columns(
@@ -138,8 +139,9 @@ def score_benchmark(
     verdicts = Counter(t.verdict for samples in groups for t in samples)
     faults = {"verifier/timeouts": verdicts["timeout"], "verifier/crashes": verdicts["crash"]}
     support = {key: len(c.values) for key, c in found.items()}
+    by_problem = {key: c.values for key, c in found.items() if len(c.values) == len(groups)}
     return Result(
-        name, len(groups), len(groups[0]), estimates, support, {**(counts or {}), **faults}, group, drawn
+        name, len(groups), len(groups[0]), estimates, support, {**(counts or {}), **faults}, group, drawn, by_problem
     )  # fmt: skip
 
 

@@ -2,13 +2,14 @@
 
 reasoning-gym owns the questions and the scoring (`score_answer`). What it does not have, and step-wise correction
 needs, is the working: each `Task` here writes it line by line, continues it from any given line, and so can also check
-it. The last line carries the answer ("12 + 7 = 19. Answer: 19"). Verifier workers load this module: no torch here.
+it. The last line carries the answer ("12 + 7 = 19. Answer: 19"). A line can be written in several styles, all of them
+right; the first is the one the embedded student was taught. Verifier workers load this module: no torch here.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from random import Random
@@ -18,6 +19,8 @@ import reasoning_gym  # here, not in the functions: a worker's first item must n
 from reasoning_gym.arithmetic.leg_counting import ANIMALS
 
 Entry = dict[str, Any]
+Step = Callable[[int | None], tuple[tuple[str, ...], int]]
+STYLES = ("plain", "swapped", "worded")
 
 _ANSWER = re.compile(r"Answer:[ \t]*(\S[^\n]*)")
 _LAST_INTEGER = re.compile(r"= (-?\d+)(?:\. Answer: \S+)?$")
@@ -28,54 +31,63 @@ class Task:
     """A reasoning-gym generator and how its solutions are worked.
 
     params: arguments of the generator, the sizes the quickstart uses.
-    operations(entry): the steps as functions running value -> (line, new value), in order; the first gets None.
+    operations(entry): the steps as functions running value -> (the line's left side in each of STYLES, new value), in
+        order; the first step gets None.
+    generator: reasoning-gym's name; None: the task's own.
     """
 
     name: str
     params: dict[str, Any]
-    operations: Callable[[Entry], list[Callable[[int | None], tuple[str, int]]]]
+    operations: Callable[[Entry], list[Step]]
+    generator: str | None = None
 
-    def solve(self, entry: Entry, slip: Callable[[int], int] = lambda value: value) -> list[str]:
+    def solve(
+        self, entry: Entry, slip: Callable[[int], int] = lambda value: value, style: str = STYLES[0]
+    ) -> list[str]:
         """The worked solution. `slip` may change a step's result; the later steps go on from the changed value."""
-        return self._work(entry, 0, None, slip)
+        return self._work(entry, 0, None, slip, style)
 
-    def resume(self, entry: Entry, lines: list[str]) -> list[str]:
+    def resume(self, entry: Entry, lines: Sequence[str], style: str = STYLES[0]) -> list[str]:
         """The lines that follow `lines`, going on from the value the last of them arrived at.
 
         Raises ValueError when there is nothing to go on from: no value in the last line, or no step left.
         """
         if not lines:
-            return self.solve(entry)
+            return self.solve(entry, style=style)
         match = _LAST_INTEGER.search(lines[-1])
         if match is None:
             raise ValueError(f"no value to go on from in {lines[-1]!r}")
         if len(lines) >= len(self.operations(entry)):
             raise ValueError(f"no step left after {len(lines)} lines")
-        return self._work(entry, len(lines), int(match.group(1)), lambda value: value)
+        return self._work(entry, len(lines), int(match.group(1)), lambda value: value, style)
 
-    def check(self, entry: Entry, lines: list[str]) -> list[bool]:
-        """For each line: does it stand, letter by letter, at its place of the worked solution?"""
-        gold = self.solve(entry)
-        return [i < len(gold) and line == gold[i] for i, line in enumerate(lines)]
+    def check(self, entry: Entry, lines: Sequence[str]) -> list[bool]:
+        """For each line: does it stand, letter by letter, at its place of the worked solution, in one of the styles?"""
+        gold = list(zip(*(self.solve(entry, style=style) for style in STYLES), strict=True))
+        return [i < len(gold) and line in gold[i] for i, line in enumerate(lines)]
 
-    def _work(self, entry: Entry, start: int, value: int | None, slip: Callable[[int], int]) -> list[str]:
+    def _work(self, entry: Entry, start: int, value: int | None, slip: Callable[[int], int], style: str) -> list[str]:
         operations, lines = self.operations(entry), []
         for i in range(start, len(operations)):
-            line, result = operations[i](value)
+            sides, result = operations[i](value)
             value = slip(result)
             end = f". Answer: {value}" if i == len(operations) - 1 else ""
-            lines.append(f"{line} = {value}{end}")
+            lines.append(f"{sides[STYLES.index(style)]} = {value}{end}")
         return lines
 
 
-def _chain_sum(entry: Entry) -> list[Callable[[int | None], tuple[str, int]]]:
+def _chain_sum(entry: Entry) -> list[Step]:
     """`a + b - c` left to right: one line for each operator."""
     first, *rest = entry["metadata"]["expression"].replace("+ ", "+").replace("- ", "-").split()
 
-    def step(term: str, start: int | None) -> Callable[[int | None], tuple[str, int]]:
-        def work(value: int | None) -> tuple[str, int]:
+    def step(term: str, start: int | None) -> Step:
+        sign, size = term[0], term[1:]
+
+        def work(value: int | None) -> tuple[tuple[str, ...], int]:
             left = start if value is None else value
-            return f"{left} {term[0]} {term[1:]}", left + int(term)
+            swapped = f"{size if sign == '+' else term} + {left}"
+            worded = f"add {size} to {left}" if sign == "+" else f"take {size} from {left}"
+            return (f"{left} {sign} {size}", swapped, worded), left + int(term)
 
         return work
 
@@ -87,30 +99,31 @@ def _legs() -> dict[str, int]:
     return dict(ANIMALS)
 
 
-def _leg_counting(entry: Entry) -> list[Callable[[int | None], tuple[str, int]]]:
+def _leg_counting(entry: Entry) -> list[Step]:
     """One line for each animal: its legs, added to the running total."""
 
-    def step(animal: str, count: int) -> Callable[[int | None], tuple[str, int]]:
-        def work(value: int | None) -> tuple[str, int]:
-            legs, total = _legs()[animal], value or 0
-            return f"{count} {animal} * {legs} = {count * legs}, {total} + {count * legs}", total + count * legs
+    def step(animal: str, count: int) -> Step:
+        def work(value: int | None) -> tuple[tuple[str, ...], int]:
+            each, total = _legs()[animal], value or 0
+            legs = count * each
+            plain = f"{count} {animal} * {each} = {legs}, {total} + {legs}"
+            swapped = f"{each} * {count} {animal} = {legs}, {legs} + {total}"
+            worded = f"{count} {animal} have {legs} legs, add {legs} to {total}"
+            return (plain, swapped, worded), total + legs
 
         return work
 
     return [step(animal, count) for animal, count in entry["metadata"]["animals"].items()]
 
 
+_CHAIN = {"min_digits": 1, "max_digits": 2, "allow_negation": False}
+_LEGS = {"min_instances": 1, "max_instances": 9}
 _EMBEDDED = (
-    Task(
-        "chain_sum",
-        {"min_terms": 4, "max_terms": 6, "min_digits": 1, "max_digits": 2, "allow_negation": False},
-        _chain_sum,
-    ),
-    Task(
-        "leg_counting",
-        {"min_animals": 2, "max_animals": 4, "min_instances": 1, "max_instances": 9},
-        _leg_counting,
-    ),
+    Task("chain_sum", {"min_terms": 4, "max_terms": 6, **_CHAIN}, _chain_sum),
+    Task("leg_counting", {"min_animals": 2, "max_animals": 4, **_LEGS}, _leg_counting),
+    # longer than anything above: what a model that was trained on those has not seen
+    Task("chain_sum_long", {"min_terms": 7, "max_terms": 8, **_CHAIN}, _chain_sum, "chain_sum"),
+    Task("leg_counting_long", {"min_animals": 5, "max_animals": 6, **_LEGS}, _leg_counting, "leg_counting"),
 )
 TASKS = {task.name: task for task in _EMBEDDED}
 
@@ -125,7 +138,8 @@ def get_task(name: str) -> Task:
 @lru_cache(maxsize=64)
 def dataset(name: str, seed: int) -> Any:
     """reasoning-gym's data set of that task; entries are generated when they are indexed, each from seed + index."""
-    return reasoning_gym.create_dataset(name, seed=seed, size=2**31 - 1, **get_task(name).params)
+    task = get_task(name)
+    return reasoning_gym.create_dataset(task.generator or name, seed=seed, size=2**31 - 1, **task.params)
 
 
 def entries(name: str, seed: int, start: int = 0) -> Iterator[Entry]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,7 +12,7 @@ from typing import Protocol
 from scope_fast import config as cfg
 from scope_fast.rollout.base import RolloutEngine, Sampling
 from scope_fast.scope.trajectory import Prompt
-from scope_fast.tasks import get_task
+from scope_fast.tasks import STYLES, get_task
 
 
 @dataclass(frozen=True)
@@ -46,16 +47,22 @@ class Teacher(Protocol):
 
 
 class SolverTeacher:
-    """The task's own worked solution, going on from the value the prefix arrived at, right or wrong."""
+    """The task's own worked solution, going on from the value the prefix arrived at, right or wrong.
+
+    styles: of tasks.STYLES; each request's seed draws the one its lines are written in.
+    """
+
+    def __init__(self, styles: Sequence[str] = STYLES[:1]) -> None:
+        self._styles = tuple(styles)
 
     def complete(self, requests: list[Request]) -> list[Reply | TeacherError]:
         return [self._one(request) for request in requests]
 
-    @staticmethod
-    def _one(request: Request) -> Reply | TeacherError:
+    def _one(self, request: Request) -> Reply | TeacherError:
         lines = [line.strip() for line in request.prefix.splitlines() if line.strip()]
+        style = self._styles[request.seed % len(self._styles)]
         try:
-            rest = get_task(request.prompt.task).resume(request.prompt.entry, lines)
+            rest = get_task(request.prompt.task).resume(request.prompt.entry, lines, style)
         except ValueError as error:
             return TeacherError(str(error))
         return Reply("\n".join(rest))

@@ -317,7 +317,7 @@ def make_teacher(config: Config, folder: str | None, tokenizer, stack: ExitStack
     """The teacher `teacher.kind` names; a model samples beside the student's engine."""
     settings = config.teacher
     if settings.kind == "solver":
-        return SolverTeacher()
+        return SolverTeacher(settings.styles)
     if settings.kind == "endpoint":
         endpoint = EndpointTeacher(settings, tokenizer, config.seed)
         endpoint.check()

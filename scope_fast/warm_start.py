@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
@@ -31,7 +31,7 @@ from scope_fast.losses import linear_scope_loss
 from scope_fast.prm.formats import Encoded
 from scope_fast.prm.train import row_logits
 from scope_fast.progress import progress_bars
-from scope_fast.tasks import Entry, Task, dataset, get_task, slipping
+from scope_fast.tasks import STYLES, Entry, Task, dataset, get_task, slipping
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
@@ -67,27 +67,33 @@ def make(config: cfg.Config, role: str, folder: Path, progress: Progress) -> Non
         shutil.rmtree(partial, ignore_errors=True)
 
 
-_IRRELEVANT = {
-    "student": {"teacher_steps", "prm_steps", "prm_slip_rate"},
-    "teacher": {"prm_steps", "prm_slip_rate"},
-    "prm": {"teacher_steps"},
-}
+_OF_THE_PRM = {"prm_steps", "prm_slip_rate", "prm_styles"}
+_IRRELEVANT = {"student": {"teacher_steps", *_OF_THE_PRM}, "teacher": _OF_THE_PRM, "prm": {"teacher_steps"}}
 
 
 def _key(config: cfg.Config, role: str) -> str:
     tasks = [(name, get_task(name).params) for name in config.data.tasks]
     settings = config.warm_start.model_dump(exclude=_IRRELEVANT[role])
+    if settings.get("prm_styles") == list(STYLES[:1]):
+        del settings["prm_styles"]  # younger than the models shipped under these keys, and without effect on them
     return cfg.digest(settings, role, tasks, VERSION)
 
 
-def examples(config: cfg.Config, slip_rate: float, seed: int) -> Iterator[tuple[Task, Entry, list[str]]]:
-    """Worked solutions without end, the tasks in turn."""
-    rng, tasks = Random(seed), [get_task(name) for name in config.data.tasks]
-    index = 0
+class Example(NamedTuple):
+    task: Task
+    entry: Entry
+    lines: list[str]
+    style: str
+
+
+def examples(config: cfg.Config, slip_rate: float, seed: int, styles: Sequence[str] = STYLES[:1]) -> Iterator[Example]:
+    """Worked solutions without end, the tasks in turn, each in a style that is drawn."""
+    rng, style_rng = Random(seed), Random(f"{seed}/style")
+    tasks, index = [get_task(name) for name in config.data.tasks], 0
     while True:
         for task in tasks:
-            entry = dataset(task.name, _seed(seed))[index]
-            yield task, entry, task.solve(entry, slipping(rng, slip_rate))
+            entry, style = dataset(task.name, _seed(seed))[index], style_rng.choice(styles)
+            yield Example(task, entry, task.solve(entry, slipping(rng, slip_rate), style), style)
         index += 1
 
 
@@ -111,7 +117,7 @@ def build_tokenizer(config: cfg.Config):
         show_progress=False,
     )
     source = _take(examples(config, 0.0, seed=config.warm_start.seed + 1), 2000)
-    texts = ("\n".join([entry["question"], *lines]) for _, entry, lines in source)
+    texts = ("\n".join([example.entry["question"], *example.lines]) for example in source)
     backend.train_from_iterator(texts, trainer)
     model = json.loads(backend.to_str())["model"]
     return Qwen2Tokenizer(
@@ -153,9 +159,10 @@ def _language_model(model, tokenizer, config: cfg.Config, steps: int, slip_rate:
 
     def losses() -> Iterator[Tensor]:
         sequences = []
-        for _, entry, lines in _take(source, config.warm_start.batch_sequences):
-            response = [*tokenizer.encode("\n".join(lines), add_special_tokens=False), tokenizer.eos_token_id]
-            sequences.append(likelihood(encode_prompt(tokenizer, entry["question"]), response))
+        for example in _take(source, config.warm_start.batch_sequences):
+            text = "\n".join(example.lines)
+            response = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+            sequences.append(likelihood(encode_prompt(tokenizer, example.entry["question"]), response))
         count = sum(len(sequence.response_ids) for sequence in sequences)
         for batch in pack(sequences, TOKEN_BUDGET, LossOptions(), 1, count):
             yield linear_scope_loss(hidden_rows(model, batch), model.get_output_embeddings().weight, batch.streams)[0]
@@ -239,10 +246,10 @@ def _prm(config: cfg.Config, folder: Path, progress: Progress) -> None:
     model = Qwen2ForTokenClassification(settings).float()
     body = Qwen2ForCausalLM.from_pretrained(student, dtype=torch.float32).model
     model.model.load_state_dict(body.state_dict())
-    source = examples(config, warm.prm_slip_rate, warm.seed + 4)
+    source = examples(config, warm.prm_slip_rate, warm.seed + 4, warm.prm_styles)
 
     def losses() -> Iterator[Tensor]:
-        labelled = [label_tokens(tokenizer, *example) for example in _take(source, warm.batch_sequences)]
+        labelled = [label_tokens(tokenizer, example) for example in _take(source, warm.batch_sequences)]
         steps = sum(sum(example.is_end) for example in labelled)
         others = sum(len(example.is_end) for example in labelled) - steps
         for group in bins([len(example.ids) for example in labelled], TOKEN_BUDGET):
@@ -262,14 +269,14 @@ class Labelled(NamedTuple):
     is_end: list[bool]
 
 
-def label_tokens(tokenizer, task: Task, entry: Entry, lines: list[str]) -> Labelled:
+def label_tokens(tokenizer, source: Example) -> Labelled:
     """Labels of a solution up to its first wrong step: of a step's last token, whether the step is right; of its other
     tokens, whether it is right so far. The step's label alone is a sparse teacher for so small a model.
     """
-    gold = task.solve(entry)
-    example = Labelled(encode_prompt(tokenizer, entry["question"]), [], [], [])
-    for i, line in enumerate(lines):
-        end = "\n" if i + 1 < len(lines) else ""
+    gold = source.task.solve(source.entry, style=source.style)
+    example = Labelled(encode_prompt(tokenizer, source.entry["question"]), [], [], [])
+    for i, line in enumerate(source.lines):
+        end = "\n" if i + 1 < len(source.lines) else ""
         tokens, reference = (tokenizer.encode(text + end, add_special_tokens=False) for text in (line, gold[i]))
         same = next((k for k, pair in enumerate(zip(tokens, reference, strict=False)) if len({*pair}) > 1), len(tokens))
         right = line == gold[i]

@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from factories import byte_level
 from tiny_models import make
+from transformers import AutoModelForCausalLM
 
-from scope_fast import evaluate, warm_start
+from scope_fast import checkpoint, evaluate, warm_start
 from scope_fast.config import Config, load, to_yaml
 from scope_fast.rollout.base import Rollout
 from scope_fast.suite import load_suite
@@ -162,6 +164,30 @@ def test_a_run_is_evaluated_on_the_rows_it_held_out(model, scripted, tmp_path):
     assert "scope/near_miss_rate" not in found  # no checker knows these rows
 
 
+def test_the_checkpoint_of_a_step(model, scripted, tmp_path, monkeypatch):
+    """Its weights, under the run's own configuration; the file says which step it is of."""
+    folder = tmp_path / "run"
+    config = load(None, [("model.path", str(model)), ("out", str(folder))])
+    trained = AutoModelForCausalLM.from_pretrained(model)
+    with torch.no_grad():
+        trained.model.norm.weight.mul_(1.5)
+    checkpoint.save(folder, 3, {"model": trained.state_dict(), "steps": 3})
+    (folder / "config.yaml").write_text(to_yaml(config))
+    engine, loaded = scripted(lambda prompt, sample: worked(prompt)), []
+
+    def make_engine(kind, path, options):
+        loaded.append(AutoModelForCausalLM.from_pretrained(path).state_dict())
+        return engine
+
+    monkeypatch.setattr(evaluate, "make_engine", make_engine)
+    arguments = ["--task", "chain_sum", "--k", "1", "--prompts", "2", "--verifier.workers", "1"]
+    assert evaluate.main([str(folder), "--step", "3", *arguments]) == 0
+    result = json.loads((folder / "evaluation_step_3.json").read_text())
+    assert result["model"] == f"{folder} step 3"
+    assert result["benchmarks"]["chain_sum"]["by_problem"]["pass@1"] == [1.0, 1.0]
+    assert torch.equal(loaded[0]["model.norm.weight"], trained.model.norm.weight)
+
+
 def test_every_row_of_a_data_set_named_on_the_command_line(model, scripted, tmp_path):
     rows = [{"problem": "6 / 12?", "answer": r"\frac{1}{2}"}, {"problem": "x" * 300, "answer": "0"}]
     data = jsonl(tmp_path / "fractions.jsonl", [*rows, rows[0]])
@@ -304,7 +330,7 @@ def test_the_embedded_student_by_its_name(model, scripted, tmp_path, monkeypatch
         (["MODEL", "--k", "4", "--samples", "2"], "--k 4 needs at least as many samples, --samples is 2"),
         (["MODEL", "--samples", "0"], "--samples 0: expected at least 1"),
         (["MODEL", "--prompts", "0"], "--prompts 0: expected at least 1"),
-        (["MODEL", "--task", "sums"], "--task sums: known here: chain_sum, leg_counting"),
+        (["MODEL", "--task", "sums"], "--task sums: known here: chain_sum, chain_sum_long, leg_counting"),
         (["MODEL", "--suite", "eval/paper", "--task", "sums"], "--task sums: known here: aime24, aime25, amc"),
         (["MODEL", "--suite", "eval/nothing"], "no configuration file eval/nothing"),
         (["MODEL", "--suite", "eval/paper", "--data-dir", "/nowhere"], "/nowhere holds no aime24{.jsonl,.parquet"),
@@ -315,6 +341,7 @@ def test_the_embedded_student_by_its_name(model, scripted, tmp_path, monkeypatch
         (["MODEL", "--rollout.topp", "1"], "unknown key rollout.topp; did you mean rollout.top_p?"),
         (["MODEL", "--engine", "vlm"], "rollout.engine: "),
         (["MODEL", "--data.path", "/nowhere/x.jsonl"], "No such file or directory: '/nowhere/x.jsonl'"),
+        (["MODEL", "--step", "3"], "--step 3: "),
         (["/dev"], "/dev is neither a run directory (config.yaml) nor a Hugging Face folder (config.json)"),
         (["no/such-model-anywhere"], "no/such-model-anywhere"),
     ],

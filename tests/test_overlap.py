@@ -15,8 +15,8 @@ from scope_fast.rollout import Rollout, vllm_engine
 
 WORDS = {
     "method": "grpo", "steps": "4", "rollout.engine": "vllm_server", "rollout.overlap": "one_step",
-    "rollout.prompts_per_step": "6", "rollout.max_num_seqs": "4", "rollout.num_threads": "1", "loss.importance_cap": "2",
-    "prm.kind": "exact", "learner.lr": "1e-3", "verifier.workers": "1",
+    "rollout.prompts_per_step": "6", "rollout.max_num_seqs": "4", "rollout.num_threads": "1",
+    "loss.importance_cap": "2", "prm.kind": "exact", "learner.lr": "1e-3", "verifier.workers": "1",
 }  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from random import Random
 
 import pytest
 
-from scope_fast.tasks import TASKS, dataset, entries, extract_answer, get_task, score, slipping
+from scope_fast.tasks import STYLES, TASKS, dataset, entries, extract_answer, get_task, score, slipping
 
 NAMES = sorted(TASKS)
 CHAIN = {"answer": "15", "metadata": {"source_dataset": "chain_sum", "expression": "12 + 7 - 4"}}
@@ -25,12 +25,28 @@ def test_leg_counting_by_hand():
     assert get_task("leg_counting").solve(LEGS) == lines
 
 
+def test_styles_by_hand():
+    chain, legs = get_task("chain_sum"), get_task("leg_counting")
+    assert chain.solve(CHAIN, style="swapped") == ["7 + 12 = 19", "-4 + 19 = 15. Answer: 15"]
+    assert chain.solve(CHAIN, style="worded") == ["add 7 to 12 = 19", "take 4 from 19 = 15. Answer: 15"]
+    swapped = ["8 * 2 spider = 16, 16 + 0 = 16", "2 * 3 human = 6, 6 + 16 = 22. Answer: 22"]
+    assert legs.solve(LEGS, style="swapped") == swapped
+    worded = ["2 spider have 16 legs, add 16 to 0 = 16", "3 human have 6 legs, add 6 to 16 = 22. Answer: 22"]
+    assert legs.solve(LEGS, style="worded") == worded
+    assert legs.resume(LEGS, swapped[:1], "worded") == worded[1:]
+    assert legs.check(LEGS, [worded[0], swapped[1]]) == [True, True]  # each line may be in a style of its own
+    assert legs.check(LEGS, [worded[1], swapped[1].replace("22", "23")]) == [False, False]
+
+
+@pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("name", NAMES)
-def test_solutions_end_with_the_gym_s_own_answer(name):
+def test_solutions_end_with_the_gym_s_own_answer(name, style):
     task, data = get_task(name), dataset(name, 77)
     seen = set()
     for entry in some(name):
-        text = "\n".join(task.solve(entry))
+        lines = task.solve(entry, style=style)
+        assert all(task.check(entry, lines))
+        text = "\n".join(lines)
         assert extract_answer(text) == entry["answer"]
         assert data.score_answer(extract_answer(text), entry) == 1.0
         assert score(text, entry) == (1.0, entry["answer"])
@@ -38,13 +54,14 @@ def test_solutions_end_with_the_gym_s_own_answer(name):
     assert len(seen) > 50  # and the answers are not all alike
 
 
+@pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("name", NAMES)
-def test_any_prefix_is_continued_with_the_rest(name):
+def test_any_prefix_is_continued_with_the_rest(name, style):
     task = get_task(name)
     for entry in some(name):
-        lines = task.solve(entry)
+        lines = task.solve(entry, style=style)
         for k in range(len(lines)):
-            assert task.resume(entry, lines[:k]) == lines[k:]
+            assert task.resume(entry, lines[:k], style) == lines[k:]
 
 
 def test_a_wrong_prefix_is_continued_from_where_it_arrived():
@@ -143,5 +160,7 @@ def test_entries_are_the_data_set_s_own_from_anywhere():
 
 
 def test_an_unknown_task_is_named():
-    with pytest.raises(ValueError, match="task 'algebra' is not embedded; known: chain_sum, leg_counting"):
+    with pytest.raises(
+        ValueError, match="task 'algebra' is not embedded; known: chain_sum, chain_sum_long, leg_counting"
+    ):
         get_task("algebra")

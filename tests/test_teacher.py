@@ -92,6 +92,12 @@ def test_the_solver_goes_on_from_the_prefix():
     ]
 
 
+def test_the_solver_writes_in_a_style_drawn_by_the_request_s_seed():
+    teacher = SolverTeacher(["swapped", "worded"])
+    replies = ask(teacher, [request("12 + 7 = 19\n", seed=seed) for seed in (4, 5)], 5.0)
+    assert replies == [Reply("-4 + 19 = 15. Answer: 15"), Reply("take 4 from 19 = 15. Answer: 15")]
+
+
 def test_a_solver_that_cannot_go_on_says_why():
     requests = [
         request("well then\n"),
@@ -104,7 +110,7 @@ def test_a_solver_that_cannot_go_on_says_why():
     assert errors([*got[:2], got[3]]) == [
         "no value to go on from in 'well then'",
         "no step left after 2 lines",
-        "task 'jsonl' is not embedded; known: chain_sum, leg_counting",
+        "task 'jsonl' is not embedded; known: chain_sum, chain_sum_long, leg_counting, leg_counting_long",
     ]
 
 

@@ -1,6 +1,7 @@
 """The shipped models: those the default configuration asks for, small, and made by a committed command."""
 
 from collections import defaultdict
+from itertools import islice
 from random import Random
 from statistics import fmean
 
@@ -121,3 +122,24 @@ def test_the_reward_model_lets_right_steps_stand_and_finds_wrong_ones():
     for name in ("chain_sum", "leg_counting"):
         assert fmean(stand[name, True]) > 0.95
     assert fmean(stand["leg_counting", False]) < 0.7
+
+
+def test_the_reward_model_s_labels_in_every_style():
+    """A step is right or wrong whatever its style; its tokens are labelled up to where the value goes wrong."""
+    tokenizer = AutoTokenizer.from_pretrained(warm_start.ASSETS / "prm")
+    settings = cfg.load(None, [("warm_start.prm_styles", "[swapped, worded]")])
+    seen = set()
+    for example in islice(warm_start.examples(settings, 0.3, 4, settings.warm_start.prm_styles), 40):
+        labelled = warm_start.label_tokens(tokenizer, example)
+        stands = example.task.check(example.entry, example.lines)
+        ends = [right for right, end in zip(labelled.right, labelled.is_end, strict=True) if end]
+        known = stands.index(False) + 1 if False in stands else len(stands)
+        assert ends == [int(ok) for ok in stands[:known]]
+        seen.add((example.style, all(stands)))
+    assert len(seen) == 4
+
+
+def test_styles_that_change_nothing_leave_the_models_keys():
+    plain, styled = cfg.load(), cfg.load(None, [("warm_start.prm_styles", "[worded]")])
+    assert warm_start._key(plain, "prm") != warm_start._key(styled, "prm")
+    assert warm_start._key(plain, "student") == warm_start._key(styled, "student")

@@ -1,0 +1,252 @@
+"""python -m bench.paper [ARM ...]: does repairing near-misses beat discarding them, and beat replacing them whole?
+
+Every arm of paper_arms.yaml is trained from the same student on the same prompts, as many rollouts each, and evaluated
+on held-out problems like those of the training and on longer ones. A finished run leaves its record in
+bench/results/paper/ARM_seedN.json; what has one is not run again, and a run that was stopped goes on from its last
+checkpoint. With all records there: tables on the terminal, bench/results/paper_summary.json and the plots.
+
+    python -m bench.paper                         all arms                  --jobs 2   runs side by side
+    python -m bench.paper grpo scope --seeds 2    these, fewer seeds        --tune     the learning rates, before
+    python -m bench.paper --quick --out DIR       a smoke run, minutes      --tables   only what the records say
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from rich.console import Console
+
+from bench import paper_plots, paper_stats
+from bench.environment import environment
+from scope_fast.config import digest, load
+
+ROOT = Path(__file__).parent.parent
+ARMS = Path(__file__).with_name("paper_arms.yaml")
+BASE = ROOT / "configs" / "paper.yaml"
+RESULTS = Path(__file__).with_name("results") / "paper"
+TASKS = {"id": ("chain_sum", "leg_counting"), "ood": ("chain_sum_long", "leg_counting_long")}
+QUICK = {
+    "steps": 2, "rollout.prompts_per_step": 4, "rollout.group_size": 4, "rollout.max_tokens": 32,
+    "rollout.engine": "transformers", "evaluation.prompts": 4, "data.heldout": 16, "checkpoint.every": 2,
+    "warm_start.student_steps": 5, "warm_start.batch_sequences": 16,
+}  # fmt: skip
+START = "start"  # the student before any training
+# one thread each: runs side by side would only wait for each other
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+
+console = Console(highlight=False)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How a model is evaluated. problems: of each task; samples: responses to each."""
+
+    problems: int = 60
+    samples: int = 16
+    ks: tuple[int, ...] = (1, 4, 10)
+
+    def arguments(self) -> list[str]:
+        tasks = [task for names in TASKS.values() for task in names]
+        return [
+            "--task", ",".join(tasks), "--prompts", str(self.problems * len(tasks)), "--samples", str(self.samples),
+            "--k", ",".join(map(str, self.ks)), "--temperature", "1.0",
+        ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """One arm under one seed. settings: dotted keys over configs/paper.yaml."""
+
+    arm: str
+    seed: int
+    settings: dict[str, object]
+    folder: Path
+    record: Path
+
+    @property
+    def overrides(self) -> list[tuple[str, str]]:
+        values = {**self.settings, "seed": self.seed, "out": str(self.folder)}
+        return [(key, yaml.safe_dump(value, default_flow_style=True).split("\n")[0]) for key, value in values.items()]
+
+    @property
+    def key(self) -> str:
+        """Of everything that decides the outcome but the code: a record of another key is not this run's."""
+        settings = load(str(BASE), self.overrides).model_dump(exclude={"out", "cache"})
+        return digest(settings, "paper")
+
+    def is_done(self) -> bool:
+        return self.record.exists() and json.loads(self.record.read_text())["key"] == self.key
+
+
+def runs_of(arms: dict, names: list[str], seeds: int | None, out: Path, records: Path, extra: dict) -> list[Run]:
+    """Seed by seed, so that comparisons can be drawn before all is done."""
+    most = max(arms[name]["seeds"] for name in names)
+    return [
+        Run(name, seed, {**arms[name]["set"], **extra}, out / f"{name}_seed{seed}", records / f"{name}_seed{seed}.json")
+        for seed in range(most)
+        for name in names
+        if seed < min(arms[name]["seeds"], most if seeds is None else seeds)
+    ]
+
+
+def tuning_runs(spec: dict, out: Path, records: Path, extra: dict) -> list[Run]:
+    """Every arm under every learning rate, on a seed of their own."""
+    tuning = spec["tuning"]
+    return [
+        Run(
+            f"{name}_lr{lr:g}",
+            tuning["seed"],
+            {**spec["arms"][name]["set"], **extra, "learner.lr": lr},
+            out / f"tune_{name}_lr{lr:g}",
+            records / "tuning" / f"{name}_lr{lr:g}.json",
+        )
+        for lr in tuning["lr"]
+        for name in tuning["arms"]
+    ]
+
+
+def carry_out(run: Run, evaluation: Evaluation) -> None:
+    """Trains, evaluates at the checkpoints, and writes the record. RuntimeError with the command's last words."""
+    overrides = [f"--{key}={value}" for key, value in run.overrides]
+    command("scope_fast.train", str(BASE), *overrides, log=run.folder.with_suffix(".log"))
+    config = load(str(run.folder / "config.yaml"))
+    evaluations = {}
+    for step in sorted(int(path.name.removeprefix("step_")) for path in (run.folder / "checkpoints").glob("step_*")):
+        result = run.folder / f"evaluation_step_{step}.json"
+        asked = ["--step", str(step), *evaluation.arguments(), "--json", str(result)]
+        command("scope_fast.evaluate", str(run.folder), *asked, log=run.folder.with_suffix(".log"))
+        evaluations[step] = json.loads(result.read_text())["benchmarks"]
+    rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    write_record(
+        run.record,
+        {
+            "arm": run.arm,
+            "seed": run.seed,
+            "key": run.key,
+            "settings": run.settings,
+            "steps": config.steps,
+            "environment": environment("cpu"),
+            "evaluations": evaluations,
+            "metrics": paper_stats.series(rows),
+        },
+    )
+
+
+def evaluate_start(run: Run, record: Path, evaluation: Evaluation) -> None:
+    """The student every arm starts from, as the arms are evaluated."""
+    result = run.folder.parent / "start.json"
+    overrides = [f"--{key}={value}" for key, value in run.overrides if key.startswith(("warm_start.", "rollout."))]
+    base = yaml.safe_load(BASE.read_text())
+    for section in ("warm_start", "rollout"):
+        overrides = [f"--{section}.{key}={value}" for key, value in base.get(section, {}).items()] + overrides
+    asked = ["tiny", *evaluation.arguments(), "--json", str(result), *overrides]
+    command("scope_fast.evaluate", *asked, log=run.folder.parent / "start.log")
+    benchmarks = json.loads(result.read_text())["benchmarks"]
+    write_record(record, {"arm": START, "environment": environment("cpu"), "evaluations": {0: benchmarks}})
+
+
+def command(module: str, *arguments: str, log: Path) -> None:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as output:
+        done = subprocess.run(
+            [sys.executable, "-m", module, *arguments],
+            cwd=ROOT, env={**os.environ, **ONE_THREAD}, stdout=output, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    if done.returncode:
+        words = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+        raise RuntimeError(f"{module} ended with {done.returncode}; the end of {log}:\n{words}")
+
+
+def write_record(path: Path, record: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(record, separators=(",", ":")) + "\n")
+    partial.rename(path)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "python -m bench.paper", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    spec = yaml.safe_load(ARMS.read_text())
+    parser.add_argument("arms", nargs="*", metavar="ARM", help=f"of {', '.join(spec['arms'])}")
+    parser.add_argument("--seeds", type=int, help="at most this many of each arm's")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side, one thread each (default 1)")
+    parser.add_argument("--tune", action="store_true", help="the tuning runs instead of the arms")
+    parser.add_argument("--tables", action="store_true", help="run nothing, show what the records say")
+    parser.add_argument("--quick", action="store_true", help="two tiny steps: whether everything works")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "runs" / "paper", help="run directories (default runs/paper)"
+    )
+    parser.add_argument(
+        "--results", type=Path, help="records, tables and plots (default bench/results; OUT if --quick)"
+    )
+    args = parser.parse_args(argv)
+    for name in args.arms:
+        if name not in spec["arms"]:
+            parser.error(f"unknown arm {name!r}: expected of {', '.join(spec['arms'])}")
+    for name in ("seeds", "jobs"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)}: expected at least 1")
+    args.spec, args.arms = spec, args.arms or list(spec["arms"])
+    args.results = args.results or (args.out if args.quick else RESULTS.parent)
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    records, out = args.results / "paper", args.out.resolve()
+    evaluation = Evaluation(2, 10, (1, 4, 10)) if args.quick else Evaluation()
+    extra = QUICK if args.quick else {}
+    if args.tune:
+        runs = tuning_runs(args.spec, out, records, extra)
+    else:
+        runs = runs_of(args.spec["arms"], args.arms, args.seeds, out, records, extra)
+    if not args.tables:
+        todo = [run for run in runs if not run.is_done()]
+        console.print(f"{len(runs) - len(todo)} of {len(runs)} runs have their record", markup=False)
+        if not (records / f"{START}.json").exists():
+            evaluate_start(runs[0], records / f"{START}.json", evaluation)
+        if failed := work_off(todo, args.jobs, evaluation):
+            return failed
+    if args.tune:
+        console.print(paper_stats.tuning_table([json.loads(run.record.read_text()) for run in runs if run.is_done()]))
+        return 0
+    found = paper_stats.read(records)
+    summary = paper_stats.summarize(found, TASKS)
+    (args.results / "paper_summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    for table in paper_stats.tables(summary):
+        console.print(table)
+    for path in paper_plots.draw(found, args.results):
+        console.print(f"written: {path}", markup=False, soft_wrap=True)
+    return 0
+
+
+def work_off(runs: list[Run], jobs: int, evaluation: Evaluation) -> int:
+    """Runs each, `jobs` at a time; how many failed. One that fails does not stop the others."""
+
+    def one(run: Run) -> bool:
+        try:
+            carry_out(run, evaluation)
+        except RuntimeError as error:
+            console.print(f"{run.arm} seed {run.seed}: FAILED: {error}", markup=False)
+            return False
+        console.print(f"{run.arm} seed {run.seed}: {run.record}", markup=False, soft_wrap=True)
+        return True
+
+    if jobs == 1:
+        return sum(not one(run) for run in runs)
+    with ThreadPoolExecutor(jobs) as pool:
+        return sum(not done for done in pool.map(one, runs))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,205 @@
+"""What the records of `python -m bench.paper` say: values with intervals, differences in pairs, tables.
+
+Two arms share seeds (prompts, order) and held-out problems, so their difference is taken in pairs: every bootstrap draw
+resamples the seeds and the problems of each task, the same ones for both arms. A split's value is the mean of its
+tasks'; a task's is the mean over problems (diversity/distinct_*: the median), then over seeds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+from rich.table import Table
+
+SERIES = (
+    "reward/pass_rate", "sampling/entropy", "response/length", "diversity/distinct_1", "diversity/distinct_4",
+    "scope/near_miss_rate", "scope/selected", "scope/accepted", "tokens/rollout", "tokens/teacher", "grad/norm",
+    "time/generate_s", "time/verify_s", "time/prm_s", "time/teacher_s", "time/learn_s", "time/sync_s", "time/step_s",
+)  # fmt: skip
+METRICS = (
+    "pass@1", "pass@4", "pass@10", "diversity/distinct_1", "diversity/distinct_4", "diversity/self_bleu",
+    "diversity/self_rouge", "diversity/unique_answers", "response/length",
+)  # fmt: skip
+SHARES = ("scope/near_miss_rate",)  # of a run's failures together: seeds are resampled, problems are not
+COMPARED = "scope"
+RESAMPLES = 4000
+
+Records = dict[str, dict[int, dict]]  # arm, seed
+
+
+def series(rows: list[dict]) -> dict[str, list[float | None]]:
+    """The named metrics of every step, out of the lines of metrics.jsonl."""
+    steps = [row for row in rows if "reward/pass_rate" in row]
+    found = {name: [row.get(name) for row in steps] for name in SERIES}
+    return {name: values for name, values in found.items() if any(value is not None for value in values)}
+
+
+def read(folder: Path) -> Records:
+    """The records of a folder; the student's before training under "start", seed 0."""
+    found: Records = {}
+    for path in sorted(folder.glob("*.json")):
+        record = json.loads(path.read_text())
+        found.setdefault(record["arm"], {})[record.get("seed", 0)] = record
+    return found
+
+
+def last_step(record: dict) -> str:
+    return max(record["evaluations"], key=int)
+
+
+def values(records: dict[int, dict], seeds: Iterable[int], task: str, metric: str) -> np.ndarray | None:
+    """(seeds, problems) of a metric at the end of training; None where a record lacks it."""
+    rows = []
+    for seed in seeds:
+        benchmark = records[seed]["evaluations"][last_step(records[seed])][task]
+        if metric in SHARES:
+            if metric not in benchmark["metrics"]:
+                return None
+            rows.append([benchmark["metrics"][metric]["value"]])
+        else:
+            if metric not in benchmark["by_problem"]:
+                return None
+            rows.append(benchmark["by_problem"][metric])
+    return np.asarray(rows)
+
+
+def _of(values: np.ndarray, metric: str) -> np.ndarray:
+    """(..., seeds, problems) -> (...): the value of a task."""
+    middle = np.median if metric.startswith("diversity/distinct") else np.mean
+    return middle(values, axis=-1).mean(axis=-1)
+
+
+def draws(tasks: list[list[np.ndarray]], metric: str, seed: int = 0) -> np.ndarray:
+    """(arms, RESAMPLES): a split's value under resampled seeds and problems, the same ones for all arms.
+
+    tasks: of each task the arms' (seeds, problems). One seed alone is not resampled.
+    """
+    generator = np.random.default_rng(seed)
+    arms, num_seeds = len(tasks[0]), len(tasks[0][0])
+    chosen = generator.integers(0, num_seeds, (RESAMPLES, num_seeds, 1))
+    total = np.zeros((arms, RESAMPLES))
+    for task in tasks:
+        problems = task[0].shape[1]
+        index = generator.integers(0, problems, (RESAMPLES, 1, problems))
+        for i, arm in enumerate(task):
+            total[i] += _of(arm[chosen, index], metric)
+    return total / len(tasks)
+
+
+def interval(drawn: np.ndarray) -> tuple[float, float]:
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def summarize(found: Records, splits: dict[str, tuple[str, ...]]) -> dict:
+    """Every arm's values with 95 % intervals, and those of `scope` less every other's, over the seeds both have."""
+    summary = {"arms": {}, "differences": {}}
+    for arm, records in found.items():
+        seeds = sorted(records)
+        summary["arms"][arm] = {
+            "seeds": seeds,
+            **{split: _split_values(records, seeds, tasks) for split, tasks in splits.items()},
+            "training": _training(records),
+        }
+    for arm, records in found.items():
+        shared = sorted(set(records) & set(found.get(COMPARED, {})))
+        if arm in (COMPARED, "start") or not shared:
+            continue
+        summary["differences"][arm] = {
+            "seeds": shared,
+            **{split: _differences(found[COMPARED], records, shared, tasks) for split, tasks in splits.items()},
+        }
+    return summary
+
+
+def _split_values(records: dict[int, dict], seeds: list[int], tasks: tuple[str, ...]) -> dict:
+    result = {}
+    for metric in (*METRICS, *SHARES):
+        arrays = [values(records, seeds, task, metric) for task in tasks]
+        if all(array is not None for array in arrays):
+            low, high = interval(draws([[array] for array in arrays], metric)[0])
+            value = fmean(float(_of(array, metric)) for array in arrays)
+            result[metric] = {"value": value, "low": low, "high": high}
+    return result
+
+
+def _differences(ours: dict[int, dict], theirs: dict[int, dict], seeds: list[int], tasks: tuple[str, ...]) -> dict:
+    result = {}
+    for metric in (*METRICS, *SHARES):
+        pairs = [[values(records, seeds, task, metric) for records in (ours, theirs)] for task in tasks]
+        if all(array is not None for pair in pairs for array in pair):
+            drawn = draws(pairs, metric)
+            low, high = interval(drawn[0] - drawn[1])
+            first, second = (fmean(float(_of(pair[i], metric)) for pair in pairs) for i in (0, 1))
+            result[metric] = {
+                "value": first - second, "low": low, "high": high,
+                "relative": (first - second) / second if second else None,
+            }  # fmt: skip
+    return result
+
+
+def _training(records: dict[int, dict]) -> dict:
+    """Per seed on average: tokens, time by phase, and what the last eighth of the steps looked like."""
+    metrics = [record["metrics"] for record in records.values() if "metrics" in record]
+    result = {}
+    for name in SERIES:
+        columns = [[v for v in m[name] if v is not None] for m in metrics if name in m]
+        columns = [column for column in columns if column]
+        if not columns:
+            continue
+        if name.startswith(("tokens/", "time/", "scope/selected", "scope/accepted")):
+            result[f"{name} (sum)"] = fmean(sum(column) for column in columns)
+        else:
+            result[f"{name} (end)"] = fmean(fmean(column[-max(1, len(column) // 8) :]) for column in columns)
+    return result
+
+
+def tables(summary: dict) -> list[Table]:
+    """Arms down, metrics across: values, then `scope` less each; intervals are of 95 %."""
+    made = []
+    for split, title in (("id", "like the training's problems"), ("ood", "longer ones")):
+        table = Table(title=f"held-out problems {title}: value [95 % interval]")
+        shown = [m for m in (*METRICS[:5], *SHARES) if any(m in arm[split] for arm in summary["arms"].values())]
+        table.add_column("arm (seeds)", no_wrap=True)
+        for metric in shown:
+            table.add_column(metric.removeprefix("diversity/").removeprefix("scope/"), no_wrap=True)
+        for arm, held in summary["arms"].items():
+            table.add_row(f"{arm} ({len(held['seeds'])})", *(cell(held[split].get(metric)) for metric in shown))
+        for arm, held in summary["differences"].items():
+            row = (cell(held[split].get(metric), signed=True) for metric in shown)
+            table.add_row(f"{COMPARED} - {arm} ({len(held['seeds'])})", *row, style="cyan")
+        made.append(table)
+    table = Table(title="training, the mean of the seeds")
+    names = list(dict.fromkeys(name for arm in summary["arms"].values() for name in arm["training"]))
+    table.add_column("", no_wrap=True)
+    arms = [arm for arm, held in summary["arms"].items() if held["training"]]
+    for arm in arms:
+        table.add_column(arm)
+    for name in names:
+        cells = (summary["arms"][arm]["training"].get(name) for arm in arms)
+        table.add_row(name, *("-" if value is None else f"{value:,.4g}" for value in cells))
+    return [*made, table]
+
+
+def cell(found: dict | None, signed: bool = False) -> str:
+    if found is None:
+        return "-"
+    sign = "+" if signed else ""
+    return f"{found['value']:{sign}.3f} [{found['low']:{sign}.3f}, {found['high']:{sign}.3f}]"
+
+
+def tuning_table(records: list[dict]) -> Table:
+    """Each tuning run's held-out pass@1 on problems like the training's, which decides, and its distinct-4."""
+    table = Table(title="tuning: held-out problems like the training's")
+    for name in ("arm", "pass@1", "distinct_4"):
+        table.add_column(name, no_wrap=True)
+    for record in records:
+        benchmarks = record["evaluations"][last_step(record)]
+        both = [benchmarks[task]["metrics"] for task in ("chain_sum", "leg_counting")]
+        cells = (fmean(m[name]["value"] for m in both) for name in ("pass@1", "diversity/distinct_4"))
+        table.add_row(record["arm"], *(f"{value:.3f}" for value in cells))
+    return table
