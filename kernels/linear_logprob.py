@@ -246,14 +246,15 @@ def gradient_by_vocabulary(
     """Gradients from those of logprob, entropy and logsumexp (T,) and the forward's statistics, by vocabulary tiles."""
     num_rows, size, device = hidden.shape[0], weight.shape[0], hidden.device
     need_dhidden, need_dweight, need_dbias = needs
-    kept = logit_dtypes(hidden.dtype, logits_dtype)
+    # the streaming forward's statistics are of float32 logits, and p must be too
+    kept = logit_dtypes(hidden.dtype, "float32" if chunk_tokens == 0 else logits_dtype)
     width = (STREAM_BYTES if chunk_tokens == 0 else TILE_BYTES) // (max(num_rows, 1) * kept.itemsize)
     width = min(size, max(TILE_ALIGN, width // TILE_ALIGN * TILE_ALIGN))
     logits, dlogits = logit_buffer(num_rows, width, kept, hidden.dtype, device)
     dx = torch.zeros(hidden.shape if need_dhidden else (0,), dtype=torch.float32, device=device)
     dweight = torch.zeros(weight.shape if need_dweight else (0,), dtype=weight.dtype, device=device)
     dbias = torch.zeros(weight.shape[:1] if need_dbias else (0,), dtype=weight.dtype, device=device)
-    temperature = narrow(temperature)
+    temperature, bias = narrow(temperature), None if bias is None else bias.contiguous()
     target, g, h, k = (x.contiguous() for x in (target, *grads))
     for first in range(0, size if num_rows else 0, width):
         part = slice(first, min(first + width, size))

@@ -77,7 +77,7 @@ def linear_scope_loss(
     and bias (V): bfloat16 or float32. A gradient that is not needed has shape (0,).
     """
     require_triton_dtype(hidden)
-    bias = None if bias is None else bias.contiguous()
+    bias, index = None if bias is None else bias.contiguous(), index.contiguous()
     if chunk_tokens == 0:
         return _streaming(hidden, weight, bias, rows, index, options, needs)
     num_rows, (size, dim), device = index.numel(), weight.shape, hidden.device

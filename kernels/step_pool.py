@@ -136,8 +136,10 @@ def step_pool(
 ) -> tuple[torch.Tensor, ...]:
     """(prob (S,), first_error (R,) int64, min, mean, prod, last (R,)) in float32; arguments as the custom op's."""
     device, num_steps, num_rollouts = hidden.device, step_end.numel(), cu_steps.numel() - 1
-    hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
+    if hidden.stride(1) != 1:  # the boundary rows alone are copied, never all of hidden
+        hidden, step_end = hidden.index_select(0, step_end), torch.arange(num_steps, device=device)
     step_end, cu_steps, weight = step_end.contiguous(), cu_steps.contiguous(), weight.contiguous()
+    bias, hidden_bias = (None if x is None else x.contiguous() for x in (bias, hidden_bias))
     classes = weight.shape[0]
     if hidden_weight is None:
         partial = torch.empty(1, num_steps, classes, dtype=torch.float32, device=device)
@@ -165,6 +167,8 @@ def _mlp_scores(hidden, step_end, weight, hidden_weight, hidden_bias) -> torch.T
         raise ValueError(
             f"hidden_weight is {hidden_weight.dtype}, hidden is {hidden.dtype}: the triton backend wants one"
         )
+    if hidden.dtype not in BLOCK_D:
+        raise ValueError(f"hidden is {hidden.dtype}: an MLP head of the triton backend wants {', '.join(map(str, BLOCK_D))}")
     num_steps, (width, dim), classes = step_end.numel(), hidden_weight.shape, weight.shape[0]
     num_tiles = triton.cdiv(width, BLOCK_M)
     partial = torch.empty(num_tiles, num_steps, classes, dtype=torch.float32, device=hidden.device)

@@ -41,7 +41,8 @@ def linear_scope_loss(
     No active row: the loss is exactly 0 and its gradients are zeros, so every rank can run its backward.
 
     Raises ValueError naming the argument and both shapes for input that disagrees, for float16, and for a stream that
-    the options need and that is missing. A target outside [0, V) of an active row makes the loss NaN; check=True
+    the options need and that is missing (advantage: where its absence shows without a host sync, or with check=True;
+    else its rows are NaN). A target outside [0, V) of an active row makes the loss NaN; check=True
     checks values as well (targets, segments, finiteness), which syncs with the device.
     """
     hidden, weight, bias = prepare(hidden, weight, bias)

@@ -89,6 +89,14 @@ OPTIONS = {
 all_options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 
 
+def strided(x: torch.Tensor) -> torch.Tensor:
+    """The same values, every second element of every dimension of a wider tensor; a leaf where `x` is one."""
+    wide = x.detach().new_zeros([2 * n for n in x.shape])
+    view = wide[tuple(slice(None, None, 2) for _ in x.shape)]
+    view.copy_(x.detach())
+    return view.requires_grad_(x.requires_grad)
+
+
 @dataclass
 class Case:
     """Inputs of the linear ops; hidden, weight and bias are leaves that require grad."""

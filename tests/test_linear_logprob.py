@@ -4,9 +4,20 @@ import math
 
 import pytest
 import torch
-from opcases import EXTREMES, Case, Place, assert_no_worse, extreme_case, gradients, make_case, naive_stats, places
+from opcases import (
+    EXTREMES,
+    Case,
+    Place,
+    assert_no_worse,
+    extreme_case,
+    gradients,
+    make_case,
+    naive_stats,
+    places,
+    strided,
+)
 
-from scope_fast import TokenStreams, linear_logprob
+from scope_fast import TokenStreams, linear_logprob, native
 from scope_fast.ops.linear_logprob import linear_logprob_op
 
 on_places = places("linear_logprob", "linear_logprob_backward")
@@ -149,19 +160,18 @@ def test_ignored_rows_under_a_mask_have_no_gradient(place, chunk_tokens):
 
 
 @on_places
-def test_non_contiguous_inputs(place):
-    plain = make_case(T=10, D=8, V=12).to(place.fine, place.device)
-    wide = torch.zeros(20, 16, dtype=place.fine, device=place.device)
-    wide[::2, ::2] = plain.hidden.detach()
-    target = torch.stack((plain.streams.target, plain.streams.target), 1)[:, 0]
-    strided = Case(
-        wide[::2, ::2].requires_grad_(), plain.weight.detach().T.contiguous().T.requires_grad_(), None, plain.streams
-    ).with_streams(target=target)
-    assert not any(x.is_contiguous() for x in (strided.hidden, strided.weight, target))
-    ours, theirs = run(strided, place), run(plain, place)
+@pytest.mark.parametrize("chunk_tokens", [None, 3, 0])
+def test_non_contiguous_inputs(place, chunk_tokens):
+    plain = make_case(T=10, D=8, V=12, bias=True, temperature=True).to(place.fine, place.device)
+    streams = {name: strided(getattr(plain.streams, name)) for name in ("target", "temperature")}
+    other = Case(*(strided(x) for x in plain.leaves()), plain.streams).with_streams(**streams)
+    assert not any(x.is_contiguous() for x in (*other.leaves(), *streams.values()))
+    ours, theirs = (
+        run(case, place, temperature=case.streams.temperature, chunk_tokens=chunk_tokens) for case in (other, plain)
+    )
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b)
-    for a, b in zip(gradients(weighted(ours), strided), gradients(weighted(theirs), plain), strict=True):
+    for a, b in zip(gradients(weighted(ours), other), gradients(weighted(theirs), plain), strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -193,11 +203,14 @@ def test_temperature_scalar_is_the_stream_of_it(place):
         assert torch.equal(a, b)
 
 
-def test_gradcheck():
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_gradcheck(backend):
+    if backend == "cpu" and not native.has("linear_logprob_backward", "cpu"):
+        pytest.skip("no C++ kernels here")
     case = make_case(T=5, D=3, V=6, bias=True, temperature=True)
 
     def stats(hidden, weight, bias):
-        return tuple(run(Case(hidden, weight, bias, case.streams)))
+        return tuple(run(Case(hidden, weight, bias, case.streams), Place(backend)))
 
     assert torch.autograd.gradcheck(stats, case.leaves())
 
@@ -298,6 +311,11 @@ def test_errors_name_the_argument():
         "target is torch.int32: expected torch.int64": lambda: linear_logprob(h, w, t.int()),
         r"temperature \(12,\): expected \(13,\)": lambda: linear_logprob(h, w, t, temperature=torch.ones(12)),
         "temperature=0.0: expected a value above 0": lambda: linear_logprob(h, w, t, temperature=0.0),
+        "temperature=nan: expected a value above 0": lambda: linear_logprob(h, w, t, temperature=math.nan),
+        "temperature is torch.int64 on cpu": lambda: linear_logprob(h, w, t, temperature=torch.ones_like(t)),
+        "temperature holds -1.0: expected values above 0": lambda: linear_logprob(
+            h, w, t, temperature=torch.linspace(-1, 1, 13), check=True
+        ),
         "logits_dtype='half': expected one of": lambda: linear_logprob(h, w, t, logits_dtype="half"),
         "chunk_tokens=-1: expected None, 0": lambda: linear_logprob(h, w, t, chunk_tokens=-1),
         "float16: gradients formed": lambda: linear_logprob(h.half(), w.half(), t),

@@ -1,6 +1,7 @@
 """linear_scope_loss: values by hand, gradients by gradcheck and against naive autograd, the edges of the contract."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,11 +18,13 @@ from opcases import (
     make_case,
     naive_loss,
     places,
+    strided,
 )
 
 from scope_fast import LossOptions, TokenStreams, linear_scope_loss
 from scope_fast.ops import reference
-from scope_fast.ops.options import encode
+from scope_fast.ops.linear_scope_loss import find_active
+from scope_fast.ops.options import RowOptions, encode
 
 on_places = places("linear_scope_loss")
 REFERENCE = Place("reference")
@@ -320,18 +323,19 @@ def test_extreme_ratios_stay_finite(place):
 
 
 @on_places
-def test_non_contiguous_inputs(place):
-    case = make_case(T=10, D=8, V=12)
-    hidden = case.hidden.detach().to(place.device, place.fine)
-    weight = case.weight.detach().to(place.device, place.fine)
-    wide = torch.zeros(20, 16, dtype=place.fine, device=place.device)
-    wide[::2, ::2] = hidden
-    ours = Case(
-        wide[::2, ::2].requires_grad_(), weight.T.contiguous().T.requires_grad_(), None, case.streams.to(place.device)
-    )
-    assert not ours.hidden.is_contiguous() and not ours.weight.is_contiguous()
-    plain = case.to(place.fine, place.device)
-    a, b = run(ours, place=place)[0], run(plain, place=place)[0]
+@pytest.mark.parametrize("chunk_tokens", [None, 3, 0])
+def test_non_contiguous_inputs(place, chunk_tokens):
+    """Everything an op takes, the rows to compute included, as every second element of something else."""
+    plain = make_case(T=10, D=8, V=12, bias=True, temperature=True).to(place.fine, place.device)
+    rows = reference.Rows(*(getattr(plain.streams, name) for name in reference.Rows._fields))
+    active = find_active(rows, None, RowOptions(*encode(LossOptions(chunk_tokens=chunk_tokens))))
+    assert 2 < active.numel() < 10
+    plain = plain.with_streams(active=active)
+    streams = {k: strided(v) for k, v in vars(plain.streams).items() if v is not None}
+    ours = Case(*(strided(x) for x in plain.leaves()), replace(plain.streams, **streams))
+    assert not any(x.is_contiguous() for x in (*ours.leaves(), *streams.values()))
+    options = LossOptions(chunk_tokens=chunk_tokens, kl="k2", kl_coef=0.1, importance_cap=2.0)
+    a, b = run(ours, options, place)[0], run(plain, options, place)[0]
     torch.testing.assert_close(a, b)
     for x, y in zip(gradients(a, ours), gradients(b, plain), strict=True):
         torch.testing.assert_close(x, y)

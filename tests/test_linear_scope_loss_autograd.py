@@ -4,9 +4,9 @@ import pytest
 import torch
 from opcases import Case, Place, all_options, gradients, make_case, naive_loss, places
 
-from scope_fast import LossOptions, linear_scope_loss
+from scope_fast import LossOptions, linear_scope_loss, native
 from scope_fast.ops import reference
-from scope_fast.ops.linear_scope_loss import linear_scope_loss_op
+from scope_fast.ops.linear_scope_loss import STEM, linear_scope_loss_op
 from scope_fast.ops.options import encode
 
 on_places = places("linear_scope_loss")
@@ -19,8 +19,20 @@ def run(case: Case, options=None, place=REFERENCE):
     )
 
 
+EXACT = pytest.mark.parametrize(
+    "place",
+    [
+        pytest.param(REFERENCE, id="reference"),
+        pytest.param(
+            Place("cpu"), id="cpu", marks=pytest.mark.skipif(not native.has(STEM, "cpu"), reason="no C++ kernels here")
+        ),
+    ],
+)
+
+
+@EXACT
 @all_options
-def test_gradcheck(options):
+def test_gradcheck(options, place):
     if options.policy_loss == "cispo" or options.nll_shape == "entropy":
         pytest.skip(
             "detached factors: their gradient is not the derivative of the value (compared with autograd above)"
@@ -28,7 +40,7 @@ def test_gradcheck(options):
     case = make_case(T=6, D=3, V=5, bias=True)
 
     def loss(hidden, weight, bias):
-        return run(Case(hidden, weight, bias, case.streams), options)[0]
+        return run(Case(hidden, weight, bias, case.streams), options, place)[0]
 
     assert torch.autograd.gradcheck(loss, case.leaves())
 
@@ -44,6 +56,18 @@ def test_backward_twice_and_upstream_gradient(place):
     for a, b, c in zip(once, thrice, again, strict=True):
         assert torch.equal(a, c)
         torch.testing.assert_close(b, -3.0 * a)
+
+
+@on_places
+def test_the_upstream_gradient_is_not_rounded_to_bfloat16(place):
+    """A factor that bfloat16 cannot hold scales every gradient by exactly it, rounded once."""
+    case = make_case(T=40, V=60).to(torch.bfloat16, place.device)
+    loss, _ = run(case, place=place)
+    once = torch.autograd.grad(loss, case.leaves(), retain_graph=True)
+    third = torch.autograd.grad(loss * (1 / 3), case.leaves())
+    for a, b in zip(once, third, strict=True):
+        assert b.dtype == torch.bfloat16
+        torch.testing.assert_close(b, (a.double() / 3).bfloat16(), rtol=0, atol=0)
 
 
 @on_places

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from opcases import Case, gradients, make_case
+from opcases import INTERPRETED, Case, gradients, make_case
 
 from scope_fast import LossOptions, linear_scope_loss
 from scope_fast.ops import dispatch
@@ -113,6 +113,10 @@ def test_backend_choice():
     case = make_case()
     with pytest.raises(ValueError, match="backend='fastest': expected None or one of reference, triton, cpu, cuda"):
         linear_scope_loss(case.hidden, case.weight, case.streams, backend="fastest")
+    if not INTERPRETED:
+        reason = "backend='triton' is unavailable for cpu tensors: Triton runs CPU tensors only under TRITON_INTERPRET=1"
+        with pytest.raises(RuntimeError, match=reason):
+            linear_scope_loss(case.hidden, case.weight, case.streams, backend="triton")
     with pytest.raises(RuntimeError, match="backend='cuda' is unavailable for cpu tensors"):
         linear_scope_loss(case.hidden, case.weight, case.streams, backend="cuda")
     automatic, _ = linear_scope_loss(case.hidden, case.weight, case.streams)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from opcases import Place, places
+from opcases import Place, places, strided
 
 from scope_fast import PrmHead, step_pool
 from scope_fast.ops import dispatch
@@ -118,12 +118,33 @@ def test_no_steps_and_no_rollouts(place):
 
 
 @on_places
-def test_non_contiguous_hidden(place):
-    hidden = torch.tensor([logits(0.7), logits(0.2)], device=place.device).T.contiguous().T
-    head = PrmHead(torch.eye(2, device=place.device).T)
-    cu_steps = torch.tensor([0, 2], device=place.device)
-    out = step_pool(hidden, head, torch.tensor([1, 0], device=place.device), cu_steps, backend=place.backend)
-    assert out.prob.tolist() == pytest.approx([0.2, 0.7], rel=1e-6)
+@pytest.mark.parametrize("mlp", [False, True])
+def test_non_contiguous_inputs(place, mlp):
+    if mlp and place.backend == "cuda":
+        pytest.skip("the cuda backend has no kernel for MLP heads")
+    r = torch.Generator().manual_seed(5)
+    hidden, inner = torch.randn(9, 6, generator=r), torch.randn(7, 6, generator=r)
+    parts = [torch.randn(2, 7 if mlp else 6, generator=r), torch.randn(2, generator=r)]
+    parts += [inner, torch.randn(7, generator=r)] if mlp else []
+    index = [torch.tensor([1, 4, 8, 3]), torch.tensor([0, 1, 4])]
+    hidden, *rest = (x.to(place.device) for x in (hidden, *parts, *index))
+    plain = step_pool(hidden, PrmHead(*rest[:-2]), *rest[-2:], backend=place.backend)
+    rest = [strided(x) for x in rest]
+    assert not any(x.is_contiguous() for x in rest)
+    for each in (strided(hidden), hidden.T.contiguous().T, hidden):
+        out = step_pool(each, PrmHead(*rest[:-2]), *rest[-2:], backend=place.backend)
+        for a, b in zip(out, plain, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@on_places
+def test_deterministic_bit_for_bit(place):
+    r = torch.Generator().manual_seed(6)
+    hidden, weight = torch.randn(400, 96, generator=r), torch.randn(2, 96, generator=r)
+    end, cu_steps = torch.randint(0, 400, (300,), generator=r), torch.tensor([0, 1, 131, 300])
+    inputs = [x.to(place.device) for x in (hidden, weight, end, cu_steps)]
+    runs = [step_pool(inputs[0], PrmHead(inputs[1]), *inputs[2:], backend=place.backend) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 @on_places

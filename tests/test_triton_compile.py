@@ -53,5 +53,5 @@ def test_row_kernels_leave_room_for_two_programs_a_processor(records):
     """65,536 registers a processor: 8 warps of up to 128 registers fit twice, which hides the reductions."""
     row_kernels = ("_linear_scope_loss_kernel", "_row_stats_kernel", "_dlogits_kernel")
     seen = [r for r in records if r["target"] == "sm_90" and r["kernel"] in row_kernels]
-    assert len(seen) == 8
+    assert len(seen) == 18
     assert max(r["registers"] for r in seen) <= 128

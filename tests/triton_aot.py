@@ -34,6 +34,8 @@ FULL = Streams("*u8", *["*fp32"] * 5)
 BARE = Streams("*u8", "*fp32", None, None, None, None)
 OPTIONS = RowOptions(*["fp32"] * len(RowOptions._fields))
 F32 = "*fp32"
+# logits, dlogits, whether there is a gradient: bfloat16 inputs with either kind of logits, float32 inputs, no gradient
+HEADS = (("*fp32", "*bf16", True), ("*bf16", "*bf16", True), ("*fp32", "*fp32", True), ("*fp32", "*bf16", False))
 DTYPES = {"*bf16": torch.bfloat16, "*fp32": torch.float32}
 
 
@@ -50,35 +52,40 @@ def variants():
             "logprob": F32, "entropy": entropy, "streams": streams, "o": o, "g_out": F32, "h_out": F32, "table": F32,
             "num_rows": "i32", "BLOCK": scope_loss.BLOCK,
         }, {"num_warps": 4}  # fmt: skip
-        for logits in ("*fp32", "*bf16"):
-            yield linear_scope_loss._linear_scope_loss_kernel, f"{name} {logits[1:]}", {
-                "logits": logits, "dlogits": "*bf16", "bias": "*bf16" if name == "full" else None, "target": "*i64",
+        for logits, dlogits, gradient in HEADS:
+            operand = "*fp32" if dlogits == "*fp32" else "*bf16"
+            yield linear_scope_loss._linear_scope_loss_kernel, f"{name} {logits[1:]} {dlogits[1:]} {gradient}", {
+                "logits": logits, "dlogits": dlogits, "bias": operand if name == "full" else None, "target": "*i64",
                 "streams": streams, "temperature": F32 if name == "full" else None, "index": "*i64", "o": o,
-                "table": F32, "first": "i32", "num_rows": "i32", **vocabulary(name), "GRADIENT": True,
+                "table": F32, "first": "i32", "num_rows": "i32", **vocabulary(name), "GRADIENT": gradient,
                 "ENTROPY": name == "full", "BLOCK": softmax.BLOCK,
             }, {"num_warps": softmax.NUM_WARPS}  # fmt: skip
     yield _reduce_table_kernel, "", {"table": F32, "out": F32, "num_columns": "i32", "BLOCK": 1024}, {"num_warps": 4}
     yield from logprob_variants()
     yield from pool_variants()
-    yield weight_bucket._copy_kernel, "fp32 to bf16", {
-        "table": "*i64", "num_tensors": "i32", "source_type": triton.language.float32,
-        "target_type": triton.language.bfloat16, "ALIGNED": True, "BLOCK": weight_bucket.BLOCK,
-    }, {"num_warps": 8}  # fmt: skip
+    wide, narrow = triton.language.float32, triton.language.bfloat16
+    for source_type, target_type, aligned in ((wide, narrow, True), (wide, narrow, False), (narrow, wide, True)):
+        yield weight_bucket._copy_kernel, f"{source_type} to {target_type}{'' if aligned else ' unaligned'}", {
+            "table": "*i64", "num_tensors": "i32", "source_type": source_type, "target_type": target_type,
+            "ALIGNED": aligned, "BLOCK": weight_bucket.BLOCK,
+        }, {"num_warps": 8}  # fmt: skip
 
 
 def logprob_variants():
     for name, bias, temperature in (("full", "*bf16", F32), ("bare", None, None)):
         rows = {"bias": bias, "target": "*i64", "temperature": temperature, "default": "fp32"}
         outputs = dict.fromkeys(("logprob", "entropy", "logsumexp", "state"), F32)
-        yield linear_logprob._row_stats_kernel, name, {
-            "logits": F32, **rows, **outputs, "num_rows": "i32", **vocabulary(name, "size", "stride"),
-            "BLOCK": softmax.BLOCK,
-        }, {"num_warps": softmax.NUM_WARPS}  # fmt: skip
+        for logits in (F32, "*bf16"):
+            yield linear_logprob._row_stats_kernel, f"{name} {logits[1:]}", {
+                "logits": logits, **rows, **outputs, "num_rows": "i32", **vocabulary(name, "size", "stride"),
+                "BLOCK": softmax.BLOCK,
+            }, {"num_warps": softmax.NUM_WARPS}  # fmt: skip
         grads = dict.fromkeys(("grad_logprob", "grad_entropy", "grad_logsumexp", "entropy", "state"), F32)
-        yield linear_logprob._dlogits_kernel, name, {
-            "logits": F32, "dlogits": "*bf16", **rows, **grads, "num_rows": "i32", "first": "i32",
-            **vocabulary(name), "BLOCK": softmax.BLOCK,
-        }, {"num_warps": softmax.NUM_WARPS}  # fmt: skip
+        for logits, dlogits in ((F32, "*bf16"), ("*bf16", "*bf16"), (F32, F32)):
+            yield linear_logprob._dlogits_kernel, f"{name} {logits[1:]} {dlogits[1:]}", {
+                "logits": logits, "dlogits": dlogits, **rows, **grads, "num_rows": "i32", "first": "i32",
+                **vocabulary(name), "BLOCK": softmax.BLOCK,
+            }, {"num_warps": softmax.NUM_WARPS}  # fmt: skip
         for operand, dtype in DTYPES.items():
             blocks = linear_logprob.stream_blocks(dtype, 4096 if name == "full" else 4095)
             launch = {k: blocks.pop(k) for k in ("num_warps", "num_stages")}
@@ -95,11 +102,11 @@ def logprob_variants():
 
 def pool_variants():
     for classes in (1, 2):
-        yield step_pool._linear_score_kernel, f"C={classes}", {
-            "hidden": "*bf16", "step_end": "*i64", "weight": "*bf16", "partial": F32, "dim": "i32", "stride_h": "i32",
-            "stride_w": "i32", "C": classes, "BLOCK": step_pool.BLOCK_LINEAR,
-        }, {"num_warps": 4}  # fmt: skip
         for operand, dtype in DTYPES.items():
+            yield step_pool._linear_score_kernel, f"C={classes} {operand[1:]}", {
+                "hidden": operand, "step_end": "*i64", "weight": operand, "partial": F32, "dim": "i32",
+                "stride_h": "i32", "stride_w": "i32", "C": classes, "BLOCK": step_pool.BLOCK_LINEAR,
+            }, {"num_warps": 4}  # fmt: skip
             sizes = dict.fromkeys(("num_steps", "dim", "width", "stride_h", "stride_m", "stride_w"), "i32")
             yield step_pool._mlp_score_kernel, f"C={classes} {operand[1:]}", {
                 "hidden": operand, "step_end": "*i64", "hidden_weight": operand, "hidden_bias": operand,

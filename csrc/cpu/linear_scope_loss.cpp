@@ -40,7 +40,7 @@ Tensor take(const OptionalTensor& stream, const Tensor& rows) {
 }
 
 // Tokens of a chunk whose logits are kept, of row_bytes each. Adding a chunk of C tokens to dweight moves 8 bytes per 6*C
-// flops, so bfloat16, whose matmuls are twice as fast, wants twice the tokens; measured in bench/NOTES.md.
+// flops, so bfloat16, whose matmuls are twice as fast, wants twice the tokens.
 int64_t kept_tokens(int64_t row_bytes, bool fast) {
   const int64_t least = fast ? 256 : 128;
   return std::max(least, least * (128 << 10) / row_bytes);

@@ -58,7 +58,7 @@ void weight_bucket_copy(at::TensorList sources, at::TensorList destinations) {
     const Tensor &from = sources[i], &to = destinations[i];
     const auto kind = kind_of(from, to);
     if (!kind) {
-      at::copy_out(const_cast<Tensor&>(to), to, from);  // strided, or a rare cast: torch's own kernel
+      const_cast<Tensor&>(to).copy_(from);  // strided, or a rare cast: torch's own kernel
       continue;
     }
     advise_huge(to.mutable_data_ptr(), to.nbytes());  // a bucket is often fresh memory

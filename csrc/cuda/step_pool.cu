@@ -32,8 +32,11 @@ Result step_pool(const Tensor& hidden, const Tensor& step_end, const Tensor& cu_
   if (bias) require_device("bias", *bias, hidden);
   const c10::cuda::CUDAGuard guard(hidden.device());
 
-  const Tensor rows = hidden.stride(1) == 1 ? hidden : hidden.contiguous();
-  const Tensor ends = step_end.contiguous(), offsets = cu_steps.contiguous(), head = weight.contiguous();
+  // of strided rows the boundary ones alone are copied, never all of hidden
+  const bool strided = hidden.stride(1) != 1;
+  const Tensor rows = strided ? hidden.index_select(0, step_end) : hidden;
+  const Tensor ends = strided ? at::arange(step_end.numel(), step_end.options()) : step_end.contiguous();
+  const Tensor offsets = cu_steps.contiguous(), head = weight.contiguous();
   // a bias of another type is two numbers to cast: the only case of a second launch
   const std::optional<Tensor> shift = bias ? std::optional(bias->to(weight.scalar_type()).contiguous()) : std::nullopt;
   const int64_t num_rollouts = offsets.numel() - 1;

@@ -55,7 +55,7 @@ void weight_bucket_copy(at::TensorList sources, at::TensorList destinations) {
     if (const auto piece = piece_of(from, to)) {
       pieces.push_back(*piece);
     } else {
-      at::copy_out(const_cast<Tensor&>(to), to, from);
+      const_cast<Tensor&>(to).copy_(from);
     }
   }
   C10_CUDA_CHECK(launch_weight_bucket(pieces.data(), static_cast<int64_t>(pieces.size()), c10::cuda::getCurrentCUDAStream()));

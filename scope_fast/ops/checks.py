@@ -117,7 +117,8 @@ def validate_stream_values(streams: TokenStreams, options: LossOptions, vocab_si
         if (active[1:] <= active[:-1]).any():
             raise ValueError(f"active {shape(active)} is not strictly ascending")
         if active[0] < 0 or active[-1] >= len(streams):
-            raise ValueError(f"active holds {int(active[-1])}: expected rows in [0, {len(streams)})")
+            outside = int(active[0]) if active[0] < 0 else int(active[-1])
+            raise ValueError(f"active holds {outside}: expected rows in [0, {len(streams)})")
 
 
 def require_advantage(segment: torch.Tensor, advantage: torch.Tensor | None) -> None:

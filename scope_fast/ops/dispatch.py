@@ -61,7 +61,9 @@ def resolve(stem: str, backend: str, device_type: str) -> str:
             logger.info("%s on %s tensors: backend %s", stem, device_type, chosen)
             return chosen
         reasons.append(f"{candidate}: {missing}")
-    logger.info("%s on %s tensors: backend reference (%s)", stem, device_type, "; ".join(reasons))
+    # a cuda tensor without kernels is slow for no reason of the user's: said once, since the answer is cached
+    level = logging.INFO if device_type == "cpu" else logging.WARNING
+    logger.log(level, "%s on %s tensors: backend reference (%s)", stem, device_type, "; ".join(reasons))
     return "reference"
 
 

@@ -108,7 +108,7 @@ def _scaled(saved: Tensor, grad_loss: Tensor) -> Tensor:
     plain = type(grad_loss) is Tensor and grad_loss.device.type == "cpu" and not torch.compiler.is_compiling()
     if plain and grad_loss.item() == 1.0:
         return saved
-    return saved * grad_loss.to(saved.dtype)
+    return saved * grad_loss  # a 0-dim factor leaves the dtype alone, and is not rounded to it first
 
 
 linear_scope_loss_op.register_autograd(_backward, setup_context=_setup_context)
