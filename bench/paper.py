@@ -97,19 +97,20 @@ def runs_of(arms: dict, names: list[str], seeds: int | None, out: Path, records:
     ]
 
 
-def tuning_runs(spec: dict, out: Path, records: Path, extra: dict) -> list[Run]:
-    """Every arm under every learning rate, on a seed of their own."""
+def tuning_runs(spec: dict, names: list[str], out: Path, records: Path, extra: dict) -> list[Run]:
+    """Every arm of `names` that is tuned under every learning rate, on a seed of their own."""
     tuning = spec["tuning"]
     return [
         Run(
             f"{name}_lr{lr:g}",
             tuning["seed"],
-            {**spec["arms"][name]["set"], **extra, "learner.lr": lr},
+            {**spec["arms"][name]["set"], "checkpoint.every": 0, **extra, "learner.lr": lr},
             out / f"tune_{name}_lr{lr:g}",
             records / "tuning" / f"{name}_lr{lr:g}.json",
         )
         for lr in tuning["lr"]
         for name in tuning["arms"]
+        if name in names
     ]
 
 
@@ -207,7 +208,7 @@ def main(argv: list[str] | None = None) -> int:
     evaluation = Evaluation(2, 10, (1, 4, 10)) if args.quick else Evaluation()
     extra = QUICK if args.quick else {}
     if args.tune:
-        runs = tuning_runs(args.spec, out, records, extra)
+        runs = tuning_runs(args.spec, args.arms, out, records, extra)
     else:
         runs = runs_of(args.spec["arms"], args.arms, args.seeds, out, records, extra)
     if not args.tables:
