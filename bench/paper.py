@@ -77,6 +77,10 @@ class Run:
         return [(key, yaml.safe_dump(value, default_flow_style=True).split("\n")[0]) for key, value in values.items()]
 
     @property
+    def log(self) -> Path:
+        return self.folder.with_name(f"{self.folder.name}.log")
+
+    @property
     def key(self) -> str:
         """Of everything that decides the outcome but the code: a record of another key is not this run's."""
         settings = load(str(BASE), self.overrides).model_dump(exclude={"out", "cache"})
@@ -117,13 +121,13 @@ def tuning_runs(spec: dict, names: list[str], out: Path, records: Path, extra: d
 def carry_out(run: Run, evaluation: Evaluation) -> None:
     """Trains, evaluates at the checkpoints, and writes the record. RuntimeError with the command's last words."""
     overrides = [f"--{key}={value}" for key, value in run.overrides]
-    command("scope_fast.train", str(BASE), *overrides, log=run.folder.with_suffix(".log"))
+    command("scope_fast.train", str(BASE), *overrides, log=run.log)
     config = load(str(run.folder / "config.yaml"))
     evaluations = {}
     for step in sorted(int(path.name.removeprefix("step_")) for path in (run.folder / "checkpoints").glob("step_*")):
         result = run.folder / f"evaluation_step_{step}.json"
         asked = ["--step", str(step), *evaluation.arguments(), "--json", str(result)]
-        command("scope_fast.evaluate", str(run.folder), *asked, log=run.folder.with_suffix(".log"))
+        command("scope_fast.evaluate", str(run.folder), *asked, log=run.log)
         evaluations[step] = json.loads(result.read_text())["benchmarks"]
     rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     write_record(
