@@ -6,7 +6,7 @@ bench/results/paper/ARM_seedN.json; what has one is not run again, and a run tha
 checkpoint. With all records there: tables on the terminal, bench/results/paper_summary.json and the plots.
 
     python -m bench.paper                         all arms                  --jobs 2   runs side by side
-    python -m bench.paper grpo scope --seeds 2    these, fewer seeds        --tune     the learning rates, before
+    python -m bench.paper grpo scope --seeds 2    these, fewer seeds        --tune     the tuning runs, before
     python -m bench.paper --quick --out DIR       a smoke run, minutes      --tables   only what the records say
 """
 
@@ -102,19 +102,20 @@ def runs_of(arms: dict, names: list[str], seeds: int | None, out: Path, records:
 
 
 def tuning_runs(spec: dict, names: list[str], out: Path, records: Path, extra: dict) -> list[Run]:
-    """Every arm of `names` that is tuned under every learning rate, on a seed of their own."""
-    tuning = spec["tuning"]
+    """The tries of the arms of `names` that are tuned, on a seed of their own; the first of each first."""
+    seed, tries = spec["tuning"]["seed"], spec["tuning"]["tries"]
+    most = max(map(len, tries.values()))
     return [
         Run(
-            f"{name}_lr{lr:g}",
-            tuning["seed"],
-            {**spec["arms"][name]["set"], "checkpoint.every": 0, **extra, "learner.lr": lr},
-            out / f"tune_{name}_lr{lr:g}",
-            records / "tuning" / f"{name}_lr{lr:g}.json",
+            f"{name}_try{i}",
+            seed,
+            {**spec["arms"][name]["set"], "checkpoint.every": 0, **tries[name][i], **extra},
+            out / f"tune_{name}_try{i}",
+            records / "tuning" / f"{name}_try{i}.json",
         )
-        for lr in tuning["lr"]
-        for name in tuning["arms"]
-        if name in names
+        for i in range(most)
+        for name in tries
+        if name in names and i < len(tries[name])
     ]
 
 

@@ -195,11 +195,14 @@ def cell(found: dict | None, signed: bool = False) -> str:
 def tuning_table(records: list[dict]) -> Table:
     """Each tuning run's held-out pass@1 on problems like the training's, which decides, and its distinct-4."""
     table = Table(title="tuning: held-out problems like the training's")
-    for name in ("arm", "pass@1", "distinct_4"):
+    for name in ("try", "settings", "pass@1", "distinct_4"):
         table.add_column(name, no_wrap=True)
     for record in records:
         benchmarks = record["evaluations"][last_step(record)]
         both = [benchmarks[task]["metrics"] for task in ("chain_sum", "leg_counting")]
         cells = (fmean(m[name]["value"] for m in both) for name in ("pass@1", "diversity/distinct_4"))
-        table.add_row(record["arm"], *(f"{value:.3f}" for value in cells))
+        settings = ", ".join(
+            f"{k.split('.')[-1]} {v}" for k, v in record["settings"].items() if k[:4] in ("lear", "loss")
+        )
+        table.add_row(record["arm"], settings, *(f"{value:.3f}" for value in cells))
     return table

@@ -168,7 +168,8 @@ def _mlp_scores(hidden, step_end, weight, hidden_weight, hidden_bias) -> torch.T
             f"hidden_weight is {hidden_weight.dtype}, hidden is {hidden.dtype}: the triton backend wants one"
         )
     if hidden.dtype not in BLOCK_D:
-        raise ValueError(f"hidden is {hidden.dtype}: an MLP head of the triton backend wants {', '.join(map(str, BLOCK_D))}")
+        wanted = ", ".join(map(str, BLOCK_D))
+        raise ValueError(f"hidden is {hidden.dtype}: an MLP head of the triton backend wants {wanted}")
     num_steps, (width, dim), classes = step_end.numel(), hidden_weight.shape, weight.shape[0]
     num_tiles = triton.cdiv(width, BLOCK_M)
     partial = torch.empty(num_tiles, num_steps, classes, dtype=torch.float32, device=hidden.device)

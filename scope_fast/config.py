@@ -44,7 +44,11 @@ class WarmStart(_Section):
     student_steps: Positive = Field(900, description="optimiser steps on imperfect worked solutions")
     teacher_steps: Positive = Field(300, description="further steps of the stronger model, on flawless solutions")
     prm_steps: Positive = Field(1200, description="optimiser steps of the process reward model on step labels")
+    tasks: list[str] | None = Field(None, min_length=1, description="what the models are made on; None: data.tasks")
     slip_rate: Share = Field(0.1, description="share of the student's training steps with a wrong result")
+    student_styles: list[Style] = Field(
+        ["plain"], min_length=1, description="how the student's solutions are written, one drawn for each"
+    )
     prm_slip_rate: Share = Field(0.3, description="share of wrong steps in the reward model's training solutions")
     prm_styles: list[Style] = Field(["plain"], min_length=1, description="how those are written, one drawn for each")
     batch_sequences: Positive = 64

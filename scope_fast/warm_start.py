@@ -72,11 +72,16 @@ _IRRELEVANT = {"student": {"teacher_steps", *_OF_THE_PRM}, "teacher": _OF_THE_PR
 
 
 def _key(config: cfg.Config, role: str) -> str:
-    tasks = [(name, get_task(name).params) for name in config.data.tasks]
-    settings = config.warm_start.model_dump(exclude=_IRRELEVANT[role])
-    if settings.get("prm_styles") == list(STYLES[:1]):
-        del settings["prm_styles"]  # younger than the models shipped under these keys, and without effect on them
+    tasks = [(name, get_task(name).params) for name in _tasks(config)]
+    settings = config.warm_start.model_dump(exclude={"tasks", *_IRRELEVANT[role]})
+    for name in ("student_styles", "prm_styles"):
+        if settings.get(name) == list(STYLES[:1]):
+            del settings[name]  # younger than the models shipped under these keys, and without effect on them
     return cfg.digest(settings, role, tasks, VERSION)
+
+
+def _tasks(config: cfg.Config) -> list[str]:
+    return config.warm_start.tasks or config.data.tasks
 
 
 class Example(NamedTuple):
@@ -89,7 +94,7 @@ class Example(NamedTuple):
 def examples(config: cfg.Config, slip_rate: float, seed: int, styles: Sequence[str] = STYLES[:1]) -> Iterator[Example]:
     """Worked solutions without end, the tasks in turn, each in a style that is drawn."""
     rng, style_rng = Random(seed), Random(f"{seed}/style")
-    tasks, index = [get_task(name) for name in config.data.tasks], 0
+    tasks, index = [get_task(name) for name in _tasks(config)], 0
     while True:
         for task in tasks:
             entry, style = dataset(task.name, _seed(seed))[index], style_rng.choice(styles)
@@ -155,7 +160,7 @@ def _qwen2(config: cfg.Config, tokenizer):
 
 def _language_model(model, tokenizer, config: cfg.Config, steps: int, slip_rate: float, seed: int, what: str, progress):
     """Likelihood training with the loss of the RL loop: every response token is an NLL row."""
-    source = examples(config, slip_rate, seed)
+    source = examples(config, slip_rate, seed, config.warm_start.student_styles)
 
     def losses() -> Iterator[Tensor]:
         sequences = []

@@ -114,7 +114,9 @@ def test_backend_choice():
     with pytest.raises(ValueError, match="backend='fastest': expected None or one of reference, triton, cpu, cuda"):
         linear_scope_loss(case.hidden, case.weight, case.streams, backend="fastest")
     if not INTERPRETED:
-        reason = "backend='triton' is unavailable for cpu tensors: Triton runs CPU tensors only under TRITON_INTERPRET=1"
+        reason = (
+            "backend='triton' is unavailable for cpu tensors: Triton runs CPU tensors only under TRITON_INTERPRET=1"
+        )
         with pytest.raises(RuntimeError, match=reason):
             linear_scope_loss(case.hidden, case.weight, case.streams, backend="triton")
     with pytest.raises(RuntimeError, match="backend='cuda' is unavailable for cpu tensors"):

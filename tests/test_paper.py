@@ -28,7 +28,8 @@ def test_every_arm_is_a_valid_configuration_that_changes_what_it_says(tmp_path):
     assert len({run.key for run in runs}) == len(runs)
     assert [run.seed for run in runs[: len(spec["arms"])]] == [0] * len(spec["arms"])  # seed by seed
     tuned = paper.tuning_runs(spec, list(spec["arms"]), tmp_path, tmp_path, {})
-    assert len(tuned) == 15 and len({run.key for run in tuned}) == 15
+    assert len(tuned) == 20 and len({run.key for run in tuned}) == 20
+    assert {len(tries) for tries in spec["tuning"]["tries"].values()} == {4}  # equal effort for every arm
     assert {run.seed for run in tuned}.isdisjoint(range(5))
 
 

@@ -44,7 +44,8 @@ def linear_logprob(
     hidden (T, D), weight (V, D), bias (V): bfloat16, float32 or (reference, cpu) float64; target (T,) int64;
     temperature: float, or (T,), not differentiated. logits_dtype: dtype the logits of bfloat16 inputs are kept in.
     chunk_tokens: rows whose logits exist at a time; None = from a byte budget, 0 = none at all in the forward (the
-    streaming mode of the triton backend, always of float32 logits; the others then choose). Differentiable in hidden, weight and bias, through all three outputs.
+    streaming mode of the triton backend, always of float32 logits; the others then choose).
+    Differentiable in hidden, weight and bias, through all three outputs.
 
     A target outside [0, V) has logprob NaN; check=True names it, and non-finite hidden, at the price of a host sync.
     Raises ValueError for shapes and dtypes that disagree and for float16.
@@ -58,9 +59,8 @@ def linear_logprob(
     if per_row is not None and per_row.shape != target.shape:
         raise ValueError(f"temperature {checks.shape(per_row)}: expected {checks.shape(target)}, like target")
     if per_row is not None and (per_row.device != hidden.device or not per_row.is_floating_point()):
-        raise ValueError(
-            f"temperature is {per_row.dtype} on {per_row.device}: expected a float dtype on {hidden.device}, like hidden"
-        )
+        found = f"{per_row.dtype} on {per_row.device}"
+        raise ValueError(f"temperature is {found}: expected a float dtype on {hidden.device}, like hidden")
     if per_row is None and not temperature > 0:
         raise ValueError(f"temperature={temperature}: expected a value above 0")
     if check:
