@@ -32,7 +32,7 @@ ROOT = Path(__file__).parent.parent
 ARMS = Path(__file__).with_name("paper_arms.yaml")
 BASE = ROOT / "configs" / "paper.yaml"
 RESULTS = Path(__file__).with_name("results") / "paper"
-TASKS = {"id": ("chain_sum", "leg_counting"), "ood": ("chain_sum_long", "leg_counting_long")}
+TASKS = {"id": ("chain_sum_short", "leg_counting_short"), "ood": ("chain_sum_long", "leg_counting_long")}
 QUICK = {
     "steps": 2, "rollout.prompts_per_step": 4, "rollout.group_size": 4, "rollout.max_tokens": 32,
     "rollout.engine": "transformers", "evaluation.prompts": 4, "data.heldout": 16, "checkpoint.every": 2,

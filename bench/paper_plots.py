@@ -42,7 +42,7 @@ def draw(found: Records, folder: Path) -> list[Path]:
     figure.savefig(curves, dpi=120)
 
     figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.6), constrained_layout=True)
-    pairs = ((("chain_sum", "leg_counting"), "like the training's"),)
+    pairs = ((("chain_sum_short", "leg_counting_short"), "like the training's"),)
     pairs += ((("chain_sum_long", "leg_counting_long"), "longer ones"),)
     for axis, (tasks, label) in zip(axes, pairs, strict=True):
         for arm in ("start", *arms):

@@ -199,7 +199,7 @@ def tuning_table(records: list[dict]) -> Table:
         table.add_column(name, no_wrap=True)
     for record in records:
         benchmarks = record["evaluations"][last_step(record)]
-        both = [benchmarks[task]["metrics"] for task in ("chain_sum", "leg_counting")]
+        both = [benchmarks[task]["metrics"] for task in ("chain_sum_short", "leg_counting_short")]
         cells = (fmean(m[name]["value"] for m in both) for name in ("pass@1", "diversity/distinct_4"))
         settings = ", ".join(
             f"{k.split('.')[-1]} {v}" for k, v in record["settings"].items() if k[:4] in ("lear", "loss")

@@ -121,9 +121,11 @@ _LEGS = {"min_instances": 1, "max_instances": 9}
 _EMBEDDED = (
     Task("chain_sum", {"min_terms": 4, "max_terms": 6, **_CHAIN}, _chain_sum),
     Task("leg_counting", {"min_animals": 2, "max_animals": 4, **_LEGS}, _leg_counting),
-    # longer than anything above
-    Task("chain_sum_long", {"min_terms": 7, "max_terms": 8, **_CHAIN}, _chain_sum, "chain_sum"),
-    Task("leg_counting_long", {"min_animals": 5, "max_animals": 6, **_LEGS}, _leg_counting, "leg_counting"),
+    # their shorter and their longest problems apart: to train on these and be evaluated on those
+    Task("chain_sum_short", {"min_terms": 4, "max_terms": 5, **_CHAIN}, _chain_sum, "chain_sum"),
+    Task("chain_sum_long", {"min_terms": 6, "max_terms": 6, **_CHAIN}, _chain_sum, "chain_sum"),
+    Task("leg_counting_short", {"min_animals": 2, "max_animals": 3, **_LEGS}, _leg_counting, "leg_counting"),
+    Task("leg_counting_long", {"min_animals": 4, "max_animals": 4, **_LEGS}, _leg_counting, "leg_counting"),
 )
 TASKS = {task.name: task for task in _EMBEDDED}
 

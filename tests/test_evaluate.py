@@ -330,7 +330,7 @@ def test_the_embedded_student_by_its_name(model, scripted, tmp_path, monkeypatch
         (["MODEL", "--k", "4", "--samples", "2"], "--k 4 needs at least as many samples, --samples is 2"),
         (["MODEL", "--samples", "0"], "--samples 0: expected at least 1"),
         (["MODEL", "--prompts", "0"], "--prompts 0: expected at least 1"),
-        (["MODEL", "--task", "sums"], "--task sums: known here: chain_sum, chain_sum_long, leg_counting"),
+        (["MODEL", "--task", "sums"], "--task sums: known here: chain_sum, chain_sum_long, chain_sum_short"),
         (["MODEL", "--suite", "eval/paper", "--task", "sums"], "--task sums: known here: aime24, aime25, amc"),
         (["MODEL", "--suite", "eval/nothing"], "no configuration file eval/nothing"),
         (["MODEL", "--suite", "eval/paper", "--data-dir", "/nowhere"], "/nowhere holds no aime24{.jsonl,.parquet"),
