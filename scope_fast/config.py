@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -63,7 +64,9 @@ class Model(_Section):
     config: dict[str, Any] | None = Field(
         None, description="its configuration (model_type, hidden_size, ...), for the plan of a model that is not here"
     )
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "auto"] = Field(
+        "float32", description="of computation; auto: bfloat16 where this machine has instructions for it, or float32"
+    )
 
 
 class Data(_Section):
@@ -392,9 +395,23 @@ def load(path: str | Path | None = None, overrides: Iterable[tuple[str, str]] = 
         _set(raw, key, _parse(text, f"--{key}"))
     _reject_unknown(raw, Config, "")
     try:
-        return Config(**raw)
+        config = Config(**raw)
     except ValidationError as error:
         raise ValueError(_explain(error)) from None
+    if config.model.dtype != "auto":
+        return config
+    return config.model_copy(update={"model": config.model.model_copy(update={"dtype": native_dtype()})})
+
+
+def native_dtype() -> str:
+    """What model.dtype auto stands for: bfloat16 where the GPU, or else the CPU, has instructions for it.
+
+    A CPU without them (AVX512-BF16, AMX, Arm's BF16) takes many times longer for a bfloat16 product than for a float32.
+    """
+    if torch.cuda.is_available():
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+    has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # new in torch 2.12
+    return "bfloat16" if any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")) else "float32"
 
 
 def find(path: str | Path | None) -> Path:

@@ -1,6 +1,7 @@
 """Configuration: wrong keys and values are refused by name, files and overrides layer, what is saved loads again."""
 
 import pytest
+import torch
 from factories import configured
 from pydantic import ValidationError
 
@@ -148,6 +149,24 @@ def test_options_of_the_loss():
     shapes = {weight: Loss(nll_weight=weight).options(1.0).nll_shape for weight in ("constant", "advantage", "entropy")}
     assert shapes == {"constant": "constant", "advantage": "constant", "entropy": "entropy"}
     assert Loss().options(1.0) == LossOptions()
+
+
+@pytest.mark.parametrize(
+    ("gpu", "capabilities", "dtype"),
+    [
+        (None, {"avx2": True, "avx512_f": True, "avx512_bf16": False}, "float32"),
+        (None, {"avx512_bf16": True}, "bfloat16"),
+        (None, {"neon": True, "bf16": True}, "bfloat16"),
+        (True, {}, "bfloat16"),
+        (False, {"avx512_bf16": True}, "float32"),
+    ],
+)
+def test_dtype_auto_is_what_the_machine_has_instructions_for(gpu, capabilities, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: gpu)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert load(None, [("model.dtype", "auto")]).model.dtype == dtype
+    assert load(None, [("model.dtype", "bfloat16")]).model.dtype == "bfloat16"  # named: as named
 
 
 def test_a_digest_names_settings():

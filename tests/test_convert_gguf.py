@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from scope_fast import convert_gguf
-from scope_fast.config import load
+from scope_fast.config import load, native_dtype
 from scope_fast.tasks import get_task
 
 
@@ -47,7 +47,7 @@ def test_a_file_that_is_not_there_and_a_folder_that_is(monkeypatch, tmp_path, ca
 
 def test_the_preset_trains_that_model_by_the_solver():
     config = load("configs/smollm2-135m.yaml")
-    assert config.model.path == convert_gguf.NAME and config.model.dtype == "bfloat16"
+    assert config.model.path == convert_gguf.NAME and config.model.dtype == native_dtype()
     assert (config.rollout.engine, config.teacher.kind, config.prm.kind) == ("vllm", "solver", "exact")
     for question, worked in config.data.examples:  # in the form that the exact checker and the solver know
         expression = question.removesuffix(" =").rpartition(": ")[2]
