@@ -51,6 +51,10 @@ def test_two_ranks_run_as_one_process_does(tmp_path):
     two, one, mixed = tmp_path / "two", tmp_path / "one", tmp_path / "mixed"
     done = run(TORCHRUN, "--steps", "2", "--out", str(two))
     assert done.stdout.count("held-out pass rate before") == 1  # one rank speaks
+    command = [*TORCHRUN, "-m", "scope_fast.train", "--replay", f"{two}/rollouts.jsonl:2"]
+    again = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0, again.stdout + again.stderr[-4000:]
+    assert again.stdout.count("step 2 replayed: the same") == 1
     run([sys.executable], "--steps", "2", "--out", str(one))
     check_same_run(two, one)
     shutil.copytree(two, mixed)  # what two ranks left after step 1 goes on in one process
