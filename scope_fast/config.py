@@ -158,18 +158,20 @@ class Endpoint(_Section):
     tokenizer: of the served model, a folder or hub name, or "student" where it is known to be the student's. Where it
     equals the student's, token ids are sent on the completions route; else messages and the prefix text on the chat
     route, which must continue it.
+    concurrency, max_requests and max_total_tokens are each rank's own: under torchrun with N ranks the server sees up
+    to N times as many.
     """
 
     url: str = Field("", description="base URL, up to and with /v1")
     model: str = Field("", description="the name it is served under")
     tokenizer: str | None = None
     key_variable: str = Field("OPENAI_API_KEY", description="environment variable of the key; unset: no key is sent")
-    concurrency: Positive = 16
+    concurrency: Positive = Field(16, description="most requests in flight, of each rank")
     request_timeout_s: float = Field(60.0, gt=0)
     retries: int = Field(4, ge=0, description="after 429, 5xx, timeouts, lost connections and replies that are no JSON")
     backoff_s: float = Field(0.5, gt=0, description="first wait, doubled at every retry, times a draw from [0.5, 1]")
-    max_requests: Positive | None = Field(None, description="budget of a run in requests sent, retries included")
-    max_total_tokens: Positive | None = Field(None, description="budget of a run in tokens, as the server counts them")
+    max_requests: Positive | None = Field(None, description="each rank's budget of requests, retries included")
+    max_total_tokens: Positive | None = Field(None, description="each rank's budget of tokens, as the server counts")
     cache: str | None = Field(None, description="folder of finished replies, by request")
 
 
