@@ -23,7 +23,10 @@ def encode_prompt(tokenizer, prompt: str | list[dict[str, str]]) -> list[int]:
     """
     if tokenizer.chat_template is None:
         if not isinstance(prompt, str):
-            raise ValueError("prompt is a list of messages, but the tokenizer has no chat template")
+            raise ValueError(
+                "prompt is a list of messages (of the rows, or made by data.examples), but the tokenizer has no chat "
+                "template: give text prompts without data.examples, or a model.path whose tokenizer has one"
+            )
         return tokenizer.encode(prompt)
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
