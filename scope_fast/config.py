@@ -142,6 +142,9 @@ class Prm(_Section):
     monitor: bool = True
     tau: Share = Field(0.5, description="a step stands while its probability is at least this (SCOPE: 0.5)")
     token_budget: Positive = Field(1024, description="tokens of one scoring pass")
+    gpu_memory_utilization: float = Field(
+        0.2, gt=0, lt=1, description="engine vllm: its share of a GPU it shares with the learner and the sampler"
+    )
 
     @model_validator(mode="after")
     def _has_a_model(self) -> Prm:
@@ -184,6 +187,9 @@ class Teacher(_Section):
         "tiny", description='a Hugging Face folder sharing the tokenizer, or "tiny" for the warm-started one'
     )
     engine: Literal["auto", "vllm", "transformers"] = Field("transformers", description="of kind model")
+    gpu_memory_utilization: float = Field(
+        0.2, gt=0, lt=1, description="of kind model in vLLM: its share of a GPU it shares with the student"
+    )
     endpoint: Endpoint = Endpoint()
     styles: list[Style] = Field(["plain"], min_length=1, description="of kind solver: one is drawn for every suffix")
     temperature: float = Field(0.0, ge=0)

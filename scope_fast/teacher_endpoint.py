@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from scope_fast import config as cfg
+from scope_fast.loading import loading
 from scope_fast.teacher import Reply, Request, TeacherError
 
 RETRIED = frozenset({"rate_limit", "server", "timeout", "connection", "bad_json"})
@@ -286,7 +287,8 @@ def _shares_tokenizer(server: cfg.Endpoint, student) -> bool:
         return server.tokenizer == "student"
     from transformers import AutoTokenizer
 
-    same = student.get_vocab() == AutoTokenizer.from_pretrained(server.tokenizer).get_vocab()
+    with loading("teacher.endpoint.tokenizer", server.tokenizer):
+        same = student.get_vocab() == AutoTokenizer.from_pretrained(server.tokenizer).get_vocab()
     what = "the student's token ids" if same else "messages and text prefixes"
     print(f"teacher: the endpoint gets {what}", flush=True)
     return same

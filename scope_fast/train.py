@@ -29,6 +29,7 @@ from scope_fast.data import PromptSource
 from scope_fast.files import WriteFailed, sync, write_whole, writing
 from scope_fast.interrupt import Interrupt
 from scope_fast.learner import Learner
+from scope_fast.loading import loading
 from scope_fast.metrics import MetricsWriter, RolloutLog
 from scope_fast.prm import text_scorers
 from scope_fast.prm.scorers import ExactScorer, StepScorer, TokenClassifierScorer
@@ -256,16 +257,19 @@ def role_folder(config: Config, role: str, progress) -> str | None:
 
 
 def load_student(config: Config, folder: str):
-    """The student's model and tokenizer. ValueError for a tokenizer without an end-of-sequence token."""
+    """The student's model and tokenizer. ValueError for a folder or hub name that has none, and for a tokenizer without
+    an end-of-sequence token."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with loading("model.path", folder):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"model.path: the tokenizer of {folder} has no EOS token, which ends every response")
     # float32 whatever model.dtype says: a bfloat16 weight would lose an update of 1e-6: the learner casts instead
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation=attention.implementation(config.learner.attention)
-    )
+    with loading("model.path", folder):
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation=attention.implementation(config.learner.attention)
+        )
     if config.learner.liger:
         sharding.use_liger(model)
     # one of several ranks keeps its shards only: the whole model stays in host memory until they are cut
@@ -295,12 +299,20 @@ def engine_options(config: Config) -> EngineOptions:
 
 def make_scorer(config: Config, folder: str | None, tokenizer, stack: ExitStack | None = None) -> StepScorer:
     """The process reward model `prm.kind` names; `stack` closes one that runs in vLLM."""
-    settings, dtype = config.prm, DTYPES[config.model.dtype]
     if folder is None:
         return ExactScorer(tokenizer)
+    with loading("prm.path", folder):
+        made = _load_scorer(config, folder, tokenizer)
+    if stack is not None and isinstance(made, VllmStepScorer):
+        stack.enter_context(closing(made))
+    return made
+
+
+def _load_scorer(config: Config, folder: str, tokenizer) -> StepScorer:
+    settings, dtype = config.prm, DTYPES[config.model.dtype]
     if settings.engine == "vllm":
-        made = VllmStepScorer(tokenizer, folder, config.model.dtype, int(config.rollout.kv_cache_gib * 2**30))
-        return made if stack is None else stack.enter_context(closing(made))
+        kv_cache_bytes, share = int(config.rollout.kv_cache_gib * 2**30), settings.gpu_memory_utilization
+        return VllmStepScorer(tokenizer, folder, config.model.dtype, kv_cache_bytes, share)
     if settings.kind in text_scorers.FORMATS:
         device = distributed.device()
         return text_scorers.load(settings.kind, folder, tokenizer, dtype, device, settings.token_budget)
@@ -324,8 +336,15 @@ def make_teacher(config: Config, folder: str | None, tokenizer, stack: ExitStack
         return endpoint
     from transformers import AutoTokenizer
 
-    check_shared_tokenizer(tokenizer, AutoTokenizer.from_pretrained(folder), "teacher.path")
-    options = EngineOptions(dtype=config.model.dtype, max_model_len=config.rollout.context)
+    with loading("teacher.path", folder):
+        check_shared_tokenizer(tokenizer, AutoTokenizer.from_pretrained(folder), "teacher.path")
+    options = EngineOptions(
+        dtype=config.model.dtype,
+        max_model_len=config.rollout.context,
+        num_threads=config.rollout.num_threads,
+        kv_cache_bytes=int(config.rollout.kv_cache_gib * 2**30),
+        gpu_memory_utilization=settings.gpu_memory_utilization,
+    )
     engine = stack.enter_context(closing(make_engine(settings.engine, folder, options)))
     return ModelTeacher(engine, tokenizer, settings, config.rollout.context, config.seed)
 

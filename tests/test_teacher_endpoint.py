@@ -332,6 +332,11 @@ def test_the_served_model_s_tokenizer_decides_the_route(tmp_path, capsys):
     assert capsys.readouterr().out == said.format("the student's token ids") + said.format("messages and text prefixes")
 
 
+def test_a_tokenizer_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"teacher\.endpoint\.tokenizer: .*nowhere cannot be loaded: "):
+        teacher("http://x/v1", tokenizer=str(tmp_path / "nowhere"))
+
+
 def test_the_server_s_own_words_are_passed_on_without_the_key(monkeypatch):
     monkeypatch.setenv("TEST_TEACHER_KEY", KEY)
     with serving(lambda body, attempt: (401, f"Incorrect API key provided: {KEY}")) as server:

@@ -173,6 +173,12 @@ def test_a_start_that_cannot_be_ends_with_a_message(tmp_path):
     assert result.returncode == 2 and "data.jsonl:2" in result.stdout and "Traceback" not in result.stderr
 
 
+def test_an_unknown_model_ends_with_a_message(tmp_path, capsys):
+    nowhere = str(tmp_path / "nowhere")
+    assert train.main(["--model.path", nowhere, "--out", str(tmp_path / "run")]) == 2
+    assert f"error: model.path: {nowhere} cannot be loaded: " in capsys.readouterr().out
+
+
 def test_dry_run_prints_the_resolved_configuration_and_the_plan(tmp_path):
     result = run("--dry-run", "--steps", "7", "--out", str(tmp_path / "none"))
     assert result.returncode == 0 and "steps: 7" in result.stdout and "plan: 7 steps of scope" in result.stdout
