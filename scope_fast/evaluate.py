@@ -132,7 +132,9 @@ def parse(arguments: list[str]) -> Request:
     add("--engine", help="auto, vllm or transformers (default: rollout.engine)")
     add("--seed", type=int, help="of the samples and of the bootstrap")
     add(
-        "--prm", help="folder of a process reward model for the near-miss share (default: embedded tasks' own checkers)"
+        "--prm",
+        help="folder or hub name of a process reward model for the near-miss share (default: embedded tasks' own "
+        "checkers); --prm.kind says of which kind it is: with exact, and by default, a token classifier",
     )
     add("--suite", help="a suite's YAML file or preset, say eval/paper")
     add("--data-dir", help="read the suite's benchmarks from files NAME.jsonl or NAME.parquet of this folder")
@@ -149,6 +151,7 @@ def parse(arguments: list[str]) -> Request:
     pairs = overrides(rest)
     named = {"rollout.engine": options.engine, "seed": options.seed, "evaluation.temperature": options.temperature}
     pairs += [(key, str(value)) for key, value in named.items() if value is not None]
+    pairs += [("prm.path", json.dumps(options.prm))] if options.prm is not None else []
     run, folder, base = locate(arguments[0], options.step)
     config = load(base, [*(dotted(suite.config) if suite else ()), *pairs])
     results = "evaluation.json" if options.step is None else f"evaluation_step_{options.step}.json"
@@ -238,7 +241,7 @@ class Evaluator:
         }
         self.prm: StepScorer | None = None
         if request.prm is not None:
-            self.prm = make_scorer(self.config, request.prm, self.tokenizer)
+            self.prm = make_scorer(self.config, request.prm, self.tokenizer, stack)
         engine = make_engine(self.config.rollout.engine, request.folder, engine_options(self.config))
         self.engine: RolloutEngine = stack.enter_context(closing(engine))
 

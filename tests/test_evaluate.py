@@ -4,12 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+import tiny_prms
 import torch
 from factories import byte_level
 from tiny_models import make
 from transformers import AutoModelForCausalLM
 
-from scope_fast import checkpoint, evaluate, warm_start
+from scope_fast import checkpoint, evaluate, train, warm_start
 from scope_fast.config import Config, load, to_yaml
 from scope_fast.rollout.base import Rollout
 from scope_fast.suite import load_suite
@@ -258,6 +259,37 @@ def test_a_reward_model_of_ones_own_finds_the_near_misses(model, scripted, tmp_p
     prm.save_pretrained(tmp_path / "prm")
     metric = run(*arguments, tmp_path=tmp_path)[1]["benchmarks"]["a"]["metrics"]["scope/near_miss_rate"]
     assert metric["value"] == 1.0
+
+
+def test_a_published_reward_model_is_named_by_prm_alone(model, scripted, tmp_path):
+    tiny_prms.qwen(tmp_path)
+    data = jsonl(tmp_path / "a.jsonl", [{"prompt": "a", "answer": "5"}, {"prompt": "b", "answer": "6"}])
+    scripted(lambda prompt, sample: "one\ntwo\nAnswer: 5")
+    arguments = [model, "--k", "1", "--data.path", data, "--prm", tmp_path, "--prm.kind", "qwen2.5-math-prm"]
+    made = run(*arguments, tmp_path=tmp_path)[1]["benchmarks"]["a"]
+    assert made["counts"]["prm/invalid"] == 0 and made["metrics"]["scope/near_miss_rate"]["problems"] == 1
+
+
+def test_a_reward_model_in_vllm_is_closed(model, scripted, tmp_path, monkeypatch):
+    events = []
+
+    class Scorer:
+        def __init__(self, *arguments):
+            events.append("made")
+
+        def __call__(self, trajectories):
+            events.append("asked")
+            return [[1.0] * len(t.steps) for t in trajectories]
+
+        def close(self):
+            events.append("closed")
+
+    monkeypatch.setattr(train, "VllmStepScorer", Scorer)
+    data = jsonl(tmp_path / "a.jsonl", [{"prompt": "a", "answer": "5"}, {"prompt": "b", "answer": "6"}])
+    scripted(lambda prompt, sample: "one\ntwo\nAnswer: 5")
+    vllm = ["--prm", tmp_path, "--prm.kind", "qwen2.5-math-prm", "--prm.engine", "vllm"]
+    run(model, "--k", "1", "--data.path", data, *vllm, tmp_path=tmp_path)
+    assert events == ["made", "asked", "closed"]
 
 
 PAPER_ROWS = {
