@@ -401,6 +401,22 @@ def load(path: str | Path | None = None, overrides: Iterable[tuple[str, str]] = 
         raise ValueError(_explain(error)) from None
 
 
+def overrides(arguments: list[str]) -> list[tuple[str, str]]:
+    """`--a.b value` and `--a.b=value` as pairs. ValueError for anything else."""
+    pairs, rest = [], list(arguments)
+    while rest:
+        key = rest.pop(0)
+        if not key.startswith("--"):
+            raise ValueError(f"unexpected argument {key!r}: overrides are written --dotted.key value")
+        key, equals, value = key[2:].partition("=")
+        if not equals:
+            if not rest:
+                raise ValueError(f"--{key} needs a value")
+            value = rest.pop(0)
+        pairs.append((key, value))
+    return pairs
+
+
 def find(path: str | Path | None) -> Path:
     """The file behind a configuration argument: a path, a preset's name, or None for the quickstart.
 

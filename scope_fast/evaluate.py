@@ -28,8 +28,9 @@ from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
 from scope_fast import checkpoint, diversity, warm_start
-from scope_fast.config import Config, load
+from scope_fast.config import Config, load, overrides
 from scope_fast.data import Encoder, PromptSource
+from scope_fast.prm.load import make_scorer
 from scope_fast.prm.scorers import ExactScorer, StepScorer
 from scope_fast.progress import progress_bars
 from scope_fast.rollout import make_engine
@@ -41,7 +42,7 @@ from scope_fast.scorecard import Result, average, score_benchmark, tables
 from scope_fast.sources import read_rows
 from scope_fast.suite import Suite, dotted, load_suite
 from scope_fast.tasks import TASKS, get_task
-from scope_fast.train import engine_options, load_student, make_scorer, overrides, role_folder
+from scope_fast.train import engine_options, load_student, role_folder
 from scope_fast.verifier import Verifier
 
 USAGE = "python -m scope_fast.evaluate MODEL_OR_RUN [options] [--dotted.key value ...]"

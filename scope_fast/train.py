@@ -24,16 +24,14 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from transformers.utils.logging import disable_progress_bar
 
 from scope_fast import attention, checkpoint, convert_gguf, distributed, health, plan, replay, sharding, warm_start
-from scope_fast.config import Config, load, to_yaml
+from scope_fast.config import Config, load, overrides, to_yaml
 from scope_fast.data import PromptSource
 from scope_fast.files import WriteFailed, sync, write_whole, writing
 from scope_fast.interrupt import Interrupt
 from scope_fast.learner import Learner
 from scope_fast.loading import loading
 from scope_fast.metrics import MetricsWriter, RolloutLog
-from scope_fast.prm import text_scorers
-from scope_fast.prm.scorers import ExactScorer, StepScorer, TokenClassifierScorer
-from scope_fast.prm.vllm_pooling import VllmStepScorer
+from scope_fast.prm.load import make_scorer
 from scope_fast.progress import progress_bars
 from scope_fast.report import write_report
 from scope_fast.rollout import make_engine
@@ -126,22 +124,6 @@ def parse(argv: list[str] | None) -> tuple[Config, str, bool, replay.Source | No
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
     return config, known.resume, known.dry_run, None
-
-
-def overrides(arguments: list[str]) -> list[tuple[str, str]]:
-    """`--a.b value` and `--a.b=value` as pairs. ValueError for anything else."""
-    pairs, rest = [], list(arguments)
-    while rest:
-        key = rest.pop(0)
-        if not key.startswith("--"):
-            raise ValueError(f"unexpected argument {key!r}: overrides are written --dotted.key value")
-        key, equals, value = key[2:].partition("=")
-        if not equals:
-            if not rest:
-                raise ValueError(f"--{key} needs a value")
-            value = rest.pop(0)
-        pairs.append((key, value))
-    return pairs
 
 
 def claim(config: Config, resume: str) -> Path | None:
@@ -295,34 +277,6 @@ def engine_options(config: Config) -> EngineOptions:
         transfer=rollout.transfer,
         transfer_address=rollout.transfer_address,
     )
-
-
-def make_scorer(config: Config, folder: str | None, tokenizer, stack: ExitStack | None = None) -> StepScorer:
-    """The process reward model `prm.kind` names; `stack` closes one that runs in vLLM."""
-    if folder is None:
-        return ExactScorer(tokenizer)
-    with loading("prm.path", folder):
-        made = _load_scorer(config, folder, tokenizer)
-    if stack is not None and isinstance(made, VllmStepScorer):
-        stack.enter_context(closing(made))
-    return made
-
-
-def _load_scorer(config: Config, folder: str, tokenizer) -> StepScorer:
-    settings, dtype = config.prm, DTYPES[config.model.dtype]
-    if settings.engine == "vllm":
-        kv_cache_bytes, share = int(config.rollout.kv_cache_gib * 2**30), settings.gpu_memory_utilization
-        return VllmStepScorer(tokenizer, folder, config.model.dtype, kv_cache_bytes, share)
-    if settings.kind in text_scorers.FORMATS:
-        device = distributed.device()
-        return text_scorers.load(settings.kind, folder, tokenizer, dtype, device, settings.token_budget)
-    from transformers import AutoModelForTokenClassification, AutoTokenizer
-
-    check_shared_tokenizer(tokenizer, AutoTokenizer.from_pretrained(folder), "prm.path")
-    model = AutoModelForTokenClassification.from_pretrained(
-        folder, dtype=dtype, attn_implementation=attention.implementation()
-    )
-    return TokenClassifierScorer(model.to(distributed.device()), settings.token_budget)
 
 
 def make_teacher(config: Config, folder: str | None, tokenizer, stack: ExitStack) -> Teacher:

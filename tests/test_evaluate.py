@@ -10,8 +10,9 @@ from factories import byte_level
 from tiny_models import make
 from transformers import AutoModelForCausalLM
 
-from scope_fast import checkpoint, evaluate, train, warm_start
+from scope_fast import checkpoint, evaluate, warm_start
 from scope_fast.config import Config, load, to_yaml
+from scope_fast.prm import load as prm_load
 from scope_fast.rollout.base import Rollout
 from scope_fast.suite import load_suite
 from scope_fast.tasks import TASKS
@@ -284,7 +285,7 @@ def test_a_reward_model_in_vllm_is_closed(model, scripted, tmp_path, monkeypatch
         def close(self):
             events.append("closed")
 
-    monkeypatch.setattr(train, "VllmStepScorer", Scorer)
+    monkeypatch.setattr(prm_load, "VllmStepScorer", Scorer)
     data = jsonl(tmp_path / "a.jsonl", [{"prompt": "a", "answer": "5"}, {"prompt": "b", "answer": "6"}])
     scripted(lambda prompt, sample: "one\ntwo\nAnswer: 5")
     vllm = ["--prm", tmp_path, "--prm.kind", "qwen2.5-math-prm", "--prm.engine", "vllm"]
