@@ -63,7 +63,8 @@ class Model(_Section):
 
 
 class Data(_Section):
-    """Where prompts come from. tasks: embedded reasoning-gym generators; path: a data set instead.
+    """Where prompts come from. path: a data set; without one, tasks: of the embedded ones, which have worked solutions,
+    or any generator of reasoning-gym by its name, at its own defaults.
 
     path: a JSONL file; or, with the extra "data", a parquet, JSON, CSV or arrow file, a folder or a hub name. Columns
     are found by the usual conventions (scope_fast/sources.py). Rows without a prompt or an answer are an error.

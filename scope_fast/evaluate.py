@@ -41,7 +41,7 @@ from scope_fast.scope.trajectory import Prompt, Trajectory
 from scope_fast.scorecard import Result, average, score_benchmark, tables
 from scope_fast.sources import read_rows
 from scope_fast.suite import Suite, dotted, load_suite
-from scope_fast.tasks import TASKS, get_task
+from scope_fast.tasks import GENERATORS, TASKS
 from scope_fast.train import engine_options, load_student, role_folder
 from scope_fast.verifier import Verifier
 
@@ -124,7 +124,7 @@ def parse(arguments: list[str]) -> Request:
         usage=USAGE, description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--task", help="of the suite's benchmarks or the embedded tasks, only these: a,b")
+    add("--task", help="of the suite's benchmarks, or of reasoning-gym's tasks, only these: a,b")
     add("--k", help=f"k of pass@k and maj@k, say 1,4,8 (default: {','.join(map(str, KS))})")
     add("--step", type=int, help="of a run directory: the checkpoint of that step, in the place of its export")
     add("--samples", type=int, help="responses to a problem (default: the suite's, or the largest k)")
@@ -218,8 +218,9 @@ def _checked(request: Request) -> Request:
         raise ValueError(f"--k {ks[-1]} needs at least as many samples, --samples is {request.samples}")
     known = list(request.suite.benchmarks) if request.suite else sorted(TASKS)
     for task in request.tasks:
-        if task not in known:
-            raise ValueError(f"--task {task}: known here: {', '.join(known)}")
+        if task not in known and (request.suite is not None or task not in GENERATORS):
+            more = "" if request.suite else ", and reasoning-gym's generators"
+            raise ValueError(f"--task {task}: known here: {', '.join(known)}{more}")
     if request.tasks and request.suite is None and request.config.data.path is not None:
         raise ValueError("--task names embedded tasks or benchmarks of a suite, and data.path is neither")
     return replace(request, ks=ks)
@@ -315,10 +316,8 @@ def plain_jobs(request: Request, tokenizer) -> list[Job]:
     count = request.prompts or config.evaluation.prompts
     if config.data.path is None:  # generators: as many as asked for
         data = config.data.model_copy(update={"heldout": count, "tasks": list(request.tasks) or config.data.tasks})
-        for name in data.tasks:
-            get_task(name)
         config = config.model_copy(update={"data": data})
-    prompts = PromptSource(config, tokenizer).heldout[:count]
+    prompts = PromptSource(config, tokenizer, trains=False).heldout[:count]
     by_task: dict[str, list[Prompt]] = {}
     for prompt in prompts:
         by_task.setdefault(prompt.task, []).append(prompt)

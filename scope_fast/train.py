@@ -36,7 +36,7 @@ from scope_fast.progress import progress_bars
 from scope_fast.report import write_report
 from scope_fast.rollout import make_engine
 from scope_fast.rollout.base import EngineOptions
-from scope_fast.tasks import get_task
+from scope_fast.tasks import check_name
 from scope_fast.teacher import ModelTeacher, SolverTeacher, Teacher, check_shared_tokenizer
 from scope_fast.teacher_endpoint import EndpointTeacher
 from scope_fast.trainer import Trainer
@@ -116,7 +116,7 @@ def parse(argv: list[str] | None) -> tuple[Config, str, bool, replay.Source | No
         config = load(path, overrides(rest))
         if config.data.path is None:
             for name in config.data.tasks:
-                get_task(name)
+                check_name(name)
         if known.resume not in ("auto", "never"):
             config = config.model_copy(update={"out": known.resume})
             if not (config.run_dir / "config.yaml").exists():

@@ -1,6 +1,8 @@
 """The command, with a scripted engine whose every number is known, and with a real one on a tiny random model."""
 
 import json
+import math
+import re
 from pathlib import Path
 
 import pytest
@@ -233,6 +235,17 @@ def test_a_real_engine_a_users_judge_and_the_same_numbers_again(model, tmp_path)
     assert run(model, *settings, tmp_path=tmp_path)[1] == first
     other = run(model, *settings, "--seed", "1", tmp_path=tmp_path)[1]
     assert other["benchmarks"]["a"]["metrics"]["response/length"] != metrics["response/length"]
+
+
+def test_a_generator_that_is_not_embedded(model, scripted, tmp_path):
+    """No worked solutions, so nothing is localised; reasoning-gym scores."""
+    scripted(lambda prompt, sample: f"Answer: {math.gcd(*map(int, re.findall(r'[0-9]+', prompt)))}")
+    status, made = run(model, "--task", "gcd", "--k", "1", "--prompts", "6", tmp_path=tmp_path)
+    assert status == 0 and made["benchmarks"]["gcd"]["metrics"]["avg@n"]["value"] == 1.0
+    scripted(lambda prompt, sample: "Answer: 0")
+    _, made = run(model, "--data.tasks", "[gcd, chain_sum]", "--k", "1", "--prompts", "6", tmp_path=tmp_path)
+    assert set(made["benchmarks"]) == {"gcd", "chain_sum"}
+    assert made["benchmarks"]["gcd"]["metrics"]["avg@n"]["value"] == 0.0
 
 
 def test_a_reward_model_of_ones_own_finds_the_near_misses(model, scripted, tmp_path):
