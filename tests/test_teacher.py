@@ -50,6 +50,7 @@ def raise_(error):
         (lambda requests: [None, None], "a NoneType instead of a reply"),
         (lambda requests: ["text", "text"], "a str instead of a reply"),
         (lambda requests: [Reply(""), Reply(" \n")], "empty reply"),
+        (lambda requests: [Reply("a \ud83d"), Reply("\ude00")], "the reply holds half a character"),
     ],
 )
 def test_every_failure_becomes_an_error_with_its_message(action, message):
