@@ -70,7 +70,8 @@ class Model(_Section):
 
 
 class Data(_Section):
-    """Where prompts come from. tasks: embedded reasoning-gym generators; path: a data set instead.
+    """Where prompts come from. path: a data set; without one, tasks: of the embedded ones, which have worked solutions,
+    or any generator of reasoning-gym by its name, at its own defaults.
 
     path: a JSONL file; or, with the extra "data", a parquet, JSON, CSV or arrow file, a folder or a hub name. Columns
     are found by the usual conventions (scope_fast/sources.py). Rows without a prompt or an answer are an error.
@@ -149,6 +150,9 @@ class Prm(_Section):
     monitor: bool = True
     tau: Share = Field(0.5, description="a step stands while its probability is at least this (SCOPE: 0.5)")
     token_budget: Positive = Field(1024, description="tokens of one scoring pass")
+    gpu_memory_utilization: float = Field(
+        0.2, gt=0, lt=1, description="engine vllm: its share of a GPU it shares with the learner and the sampler"
+    )
 
     @model_validator(mode="after")
     def _has_a_model(self) -> Prm:
@@ -165,18 +169,20 @@ class Endpoint(_Section):
     tokenizer: of the served model, a folder or hub name, or "student" where it is known to be the student's. Where it
     equals the student's, token ids are sent on the completions route; else messages and the prefix text on the chat
     route, which must continue it.
+    concurrency, max_requests and max_total_tokens are each rank's own: under torchrun with N ranks the server sees up
+    to N times as many.
     """
 
     url: str = Field("", description="base URL, up to and with /v1")
     model: str = Field("", description="the name it is served under")
     tokenizer: str | None = None
     key_variable: str = Field("OPENAI_API_KEY", description="environment variable of the key; unset: no key is sent")
-    concurrency: Positive = 16
+    concurrency: Positive = Field(16, description="most requests in flight, of each rank")
     request_timeout_s: float = Field(60.0, gt=0)
     retries: int = Field(4, ge=0, description="after 429, 5xx, timeouts, lost connections and replies that are no JSON")
     backoff_s: float = Field(0.5, gt=0, description="first wait, doubled at every retry, times a draw from [0.5, 1]")
-    max_requests: Positive | None = Field(None, description="budget of a run in requests sent, retries included")
-    max_total_tokens: Positive | None = Field(None, description="budget of a run in tokens, as the server counts them")
+    max_requests: Positive | None = Field(None, description="each rank's budget of requests, retries included")
+    max_total_tokens: Positive | None = Field(None, description="each rank's budget of tokens, as the server counts")
     cache: str | None = Field(None, description="folder of finished replies, by request")
 
 
@@ -189,6 +195,9 @@ class Teacher(_Section):
         "tiny", description='a Hugging Face folder sharing the tokenizer, or "tiny" for the warm-started one'
     )
     engine: Literal["auto", "vllm", "transformers"] = Field("transformers", description="of kind model")
+    gpu_memory_utilization: float = Field(
+        0.2, gt=0, lt=1, description="of kind model in vLLM: its share of a GPU it shares with the student"
+    )
     endpoint: Endpoint = Endpoint()
     styles: list[Style] = Field(["plain"], min_length=1, description="of kind solver: one is drawn for every suffix")
     temperature: float = Field(0.0, ge=0)
@@ -412,6 +421,22 @@ def native_dtype() -> str:
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
     has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # new in torch 2.12
     return "bfloat16" if any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")) else "float32"
+
+
+def overrides(arguments: list[str]) -> list[tuple[str, str]]:
+    """`--a.b value` and `--a.b=value` as pairs. ValueError for anything else."""
+    pairs, rest = [], list(arguments)
+    while rest:
+        key = rest.pop(0)
+        if not key.startswith("--"):
+            raise ValueError(f"unexpected argument {key!r}: overrides are written --dotted.key value")
+        key, equals, value = key[2:].partition("=")
+        if not equals:
+            if not rest:
+                raise ValueError(f"--{key} needs a value")
+            value = rest.pop(0)
+        pairs.append((key, value))
+    return pairs
 
 
 def find(path: str | Path | None) -> Path:

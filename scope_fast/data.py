@@ -1,4 +1,4 @@
-"""Prompts: a resumable cursor over the embedded tasks or a data set, and a held-out set that is never trained on."""
+"""Prompts: a resumable cursor over reasoning-gym's tasks or a data set, and a held-out set that is never trained on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from scope_fast.config import Config, Data
 from scope_fast.scope.trajectory import Prompt
 from scope_fast.sources import read_rows
-from scope_fast.tasks import TASKS, dataset, get_task
+from scope_fast.tasks import GENERATED, TASKS, check_name, dataset
 
 TRAIN_SEEDS_APART = 1_000_000  # reasoning-gym draws entry i from seed + i: ranges of seeds must not overlap
 ROLES = ("user", "assistant")
@@ -23,18 +23,24 @@ def encode_prompt(tokenizer, prompt: str | list[dict[str, str]]) -> list[int]:
     """
     if tokenizer.chat_template is None:
         if not isinstance(prompt, str):
-            raise ValueError("prompt is a list of messages, but the tokenizer has no chat template")
+            raise ValueError(
+                "prompt is a list of messages (of the rows, or made by data.examples), but the tokenizer has no chat "
+                "template: give text prompts without data.examples, or a model.path whose tokenizer has one"
+            )
         return tokenizer.encode(prompt)
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return tokenizer.encode(text, add_special_tokens=False)
 
 
-class EmbeddedTasks:
-    """Rows of reasoning-gym, the tasks in turn; endless. `heldout` rows come from seeds no run trains on."""
+class GymTasks:
+    """Rows of reasoning-gym, the tasks in turn; endless, though those of a task that is not embedded come again after
+    GENERATED. `heldout` rows come from seeds no run trains on. ValueError for an unknown task."""
 
     def __init__(self, tasks: list[str], seed: int) -> None:
-        self._tasks = [get_task(name) for name in tasks]
+        for name in tasks:
+            check_name(name)
+        self._tasks = list(tasks)
         self._seed = seed * TRAIN_SEEDS_APART
 
     def row(self, i: int) -> dict[str, Any]:
@@ -47,7 +53,8 @@ class EmbeddedTasks:
 
     def _entry(self, i: int, seed: int) -> dict[str, Any]:
         index, turn = divmod(i, len(self._tasks))
-        name = self._tasks[turn].name
+        name = self._tasks[turn]
+        index = index if name in TASKS else index % GENERATED
         entry = dataset(name, seed)[index]
         where = f"heldout-{index}" if seed == HELDOUT_SEED else seed + index
         return {"id": f"{name}/{where}", "task": name, "prompt": entry["question"], "entry": entry}
@@ -138,16 +145,18 @@ class PromptSource:
     counts: what was passed over since `take_counts`: the Encoder's data/skipped_long and data/skipped_short, and
     data/skipped_heldout (the same text as a held-out prompt).
     Raises ValueError if no held-out prompt can be used, or if the teacher or the reward model of the configuration
-    works embedded tasks only and the rows are of others.
+    works embedded tasks only and the rows are of others (trains=False: they are not asked, only held-out prompts are).
     """
 
-    def __init__(self, config: Config, tokenizer) -> None:
+    def __init__(self, config: Config, tokenizer, trains: bool = True) -> None:
         self._context = config.rollout.context
         if config.data.path is None:
-            self._rows = EmbeddedTasks(config.data.tasks, config.seed)
+            self._rows, tasks, where = GymTasks(config.data.tasks, config.seed), config.data.tasks, "data.tasks"
         else:
-            self._rows = Table(config.data, config.seed)
-            _check_workable(config, self._rows.tasks)
+            self._rows, where = Table(config.data, config.seed), "data.path"
+            tasks = self._rows.tasks
+        if trains:
+            _check_workable(config, tasks, where)
         self._prompt = Encoder(config, tokenizer)
         self._counts = self._prompt.counts
         rows = self._rows.heldout(config.data.heldout)
@@ -186,12 +195,12 @@ class PromptSource:
         return f"{counts}; rollout.context={self._context}"
 
 
-def _check_workable(config: Config, tasks: list[str]) -> None:
+def _check_workable(config: Config, tasks: list[str], where: str) -> None:
     """Refuses what could only fail row after row: the solver and the exact checker know the embedded tasks alone."""
     task = next((task for task in tasks if task not in TASKS), None)
     repairs = config.method in ("scope", "replace", "sft")
     scores = config.prm.monitor or config.method in ("scope", "replace", "prm_reward")
     if task and repairs and config.teacher.kind == "solver":
-        raise ValueError(f"teacher.kind: the solver cannot work task {task!r} of data.path; use teacher.kind: model")
+        raise ValueError(f"teacher.kind: the solver cannot work task {task!r} of {where}; use teacher.kind: model")
     if task and scores and config.prm.kind == "exact":
-        raise ValueError(f"prm.kind: task {task!r} of data.path has no exact checker; use prm.kind: token_classifier")
+        raise ValueError(f"prm.kind: task {task!r} of {where} has no exact checker; use prm.kind: token_classifier")

@@ -28,8 +28,9 @@ from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
 from scope_fast import checkpoint, diversity, warm_start
-from scope_fast.config import Config, load
+from scope_fast.config import Config, load, overrides
 from scope_fast.data import Encoder, PromptSource
+from scope_fast.prm.load import make_scorer
 from scope_fast.prm.scorers import ExactScorer, StepScorer
 from scope_fast.progress import progress_bars
 from scope_fast.rollout import make_engine
@@ -40,8 +41,8 @@ from scope_fast.scope.trajectory import Prompt, Trajectory
 from scope_fast.scorecard import Result, average, score_benchmark, tables
 from scope_fast.sources import read_rows
 from scope_fast.suite import Suite, dotted, load_suite
-from scope_fast.tasks import TASKS, get_task
-from scope_fast.train import engine_options, load_student, make_scorer, overrides, role_folder
+from scope_fast.tasks import GENERATORS, TASKS
+from scope_fast.train import engine_options, load_student, role_folder
 from scope_fast.verifier import Verifier
 
 USAGE = "python -m scope_fast.evaluate MODEL_OR_RUN [options] [--dotted.key value ...]"
@@ -123,7 +124,7 @@ def parse(arguments: list[str]) -> Request:
         usage=USAGE, description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--task", help="of the suite's benchmarks or the embedded tasks, only these: a,b")
+    add("--task", help="of the suite's benchmarks, or of reasoning-gym's tasks, only these: a,b")
     add("--k", help=f"k of pass@k and maj@k, say 1,4,8 (default: {','.join(map(str, KS))})")
     add("--step", type=int, help="of a run directory: the checkpoint of that step, in the place of its export")
     add("--samples", type=int, help="responses to a problem (default: the suite's, or the largest k)")
@@ -132,7 +133,9 @@ def parse(arguments: list[str]) -> Request:
     add("--engine", help="auto, vllm or transformers (default: rollout.engine)")
     add("--seed", type=int, help="of the samples and of the bootstrap")
     add(
-        "--prm", help="folder of a process reward model for the near-miss share (default: embedded tasks' own checkers)"
+        "--prm",
+        help="folder or hub name of a process reward model for the near-miss share (default: embedded tasks' own "
+        "checkers); --prm.kind says of which kind it is: with exact, and by default, a token classifier",
     )
     add("--suite", help="a suite's YAML file or preset, say eval/paper")
     add("--data-dir", help="read the suite's benchmarks from files NAME.jsonl or NAME.parquet of this folder")
@@ -149,6 +152,7 @@ def parse(arguments: list[str]) -> Request:
     pairs = overrides(rest)
     named = {"rollout.engine": options.engine, "seed": options.seed, "evaluation.temperature": options.temperature}
     pairs += [(key, str(value)) for key, value in named.items() if value is not None]
+    pairs += [("prm.path", json.dumps(options.prm))] if options.prm is not None else []
     run, folder, base = locate(arguments[0], options.step)
     config = load(base, [*(dotted(suite.config) if suite else ()), *pairs])
     results = "evaluation.json" if options.step is None else f"evaluation_step_{options.step}.json"
@@ -214,8 +218,9 @@ def _checked(request: Request) -> Request:
         raise ValueError(f"--k {ks[-1]} needs at least as many samples, --samples is {request.samples}")
     known = list(request.suite.benchmarks) if request.suite else sorted(TASKS)
     for task in request.tasks:
-        if task not in known:
-            raise ValueError(f"--task {task}: known here: {', '.join(known)}")
+        if task not in known and (request.suite is not None or task not in GENERATORS):
+            more = "" if request.suite else ", and reasoning-gym's generators"
+            raise ValueError(f"--task {task}: known here: {', '.join(known)}{more}")
     if request.tasks and request.suite is None and request.config.data.path is not None:
         raise ValueError("--task names embedded tasks or benchmarks of a suite, and data.path is neither")
     return replace(request, ks=ks)
@@ -238,7 +243,7 @@ class Evaluator:
         }
         self.prm: StepScorer | None = None
         if request.prm is not None:
-            self.prm = make_scorer(self.config, request.prm, self.tokenizer)
+            self.prm = make_scorer(self.config, request.prm, self.tokenizer, stack)
         engine = make_engine(self.config.rollout.engine, request.folder, engine_options(self.config))
         self.engine: RolloutEngine = stack.enter_context(closing(engine))
 
@@ -311,10 +316,8 @@ def plain_jobs(request: Request, tokenizer) -> list[Job]:
     count = request.prompts or config.evaluation.prompts
     if config.data.path is None:  # generators: as many as asked for
         data = config.data.model_copy(update={"heldout": count, "tasks": list(request.tasks) or config.data.tasks})
-        for name in data.tasks:
-            get_task(name)
         config = config.model_copy(update={"data": data})
-    prompts = PromptSource(config, tokenizer).heldout[:count]
+    prompts = PromptSource(config, tokenizer, trains=False).heldout[:count]
     by_task: dict[str, list[Prompt]] = {}
     for prompt in prompts:
         by_task.setdefault(prompt.task, []).append(prompt)

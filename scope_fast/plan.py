@@ -6,8 +6,10 @@
     head                             one chunk of logits and its gradient, and dW of the whole head in float32
     reward model                     every rank's own copy, in the compute dtype
     engine                           vLLM's share of the GPU, taken for good (weights, KV cache)
+    reward engine, teacher engine    the same of a reward model and of a teacher that run in vLLM
 
-An estimate: allocator fragmentation, CUDA contexts and NCCL buffers are one stated reserve.
+An estimate: allocator fragmentation, CUDA contexts and NCCL buffers are one stated reserve. A teacher that samples with
+transformers is not counted.
 """
 
 from __future__ import annotations
@@ -34,6 +36,8 @@ class Memory:
     head: float
     reward_model: float
     engine: float
+    reward_engine: float = 0.0
+    teacher_engine: float = 0.0
     reserve: float = RESERVE_BYTES
 
     @property
@@ -107,10 +111,11 @@ def activation_bytes(sizes: Sizes, dtype_bytes: int) -> int:
 
 
 def reward_model_parameters(config: Config, sizes: Sizes) -> int:
-    """Of the process reward model that `prm` puts on every GPU; where it is not here, as many as the student's."""
+    """Of the process reward model that `prm` puts on every GPU; where it is not here, as many as the student's. One in
+    vLLM lies in that engine's share."""
     from transformers import AutoConfig, AutoModel
 
-    if config.prm.kind == "exact" or config.prm.path == "tiny":
+    if config.prm.kind == "exact" or config.prm.path == "tiny" or config.prm.engine == "vllm":
         return 0
     try:
         architecture = AutoConfig.from_pretrained(config.prm.path, local_files_only=True)
@@ -137,6 +142,8 @@ def memory(config: Config, sizes: Sizes, ranks: int, reward_parameters: int = 0)
     gpu_bytes = config.distributed.gpu_memory_gib * GIB
     head = min(budget_bytes(int(gpu_bytes)), learner.token_budget * sizes.vocabulary * (4 + dtype_bytes))
     head += sizes.vocabulary * sizes.hidden * 4
+    # "auto" is vLLM wherever it is installed
+    teaches = config.teacher.kind == "model" and config.teacher.engine != "transformers"
     return Memory(
         weights=MASTER_BYTES * resident,
         gradients=GRADIENT_BYTES * resident,
@@ -146,6 +153,8 @@ def memory(config: Config, sizes: Sizes, ranks: int, reward_parameters: int = 0)
         head=head,
         reward_model=dtype_bytes * reward_parameters,
         engine=config.rollout.gpu_memory_utilization * gpu_bytes,
+        reward_engine=(config.prm.engine == "vllm") * config.prm.gpu_memory_utilization * gpu_bytes,
+        teacher_engine=teaches * config.teacher.gpu_memory_utilization * gpu_bytes,
     )
 
 
@@ -173,8 +182,8 @@ def _memory_lines(config: Config, sizes: Sizes, ranks: int) -> list[str]:
         f"{sizes.parameters:,} parameters on {ranks} GPUs of {limit:g} GiB; at most {tokens:,} tokens a step, "
         f"{micro_batches} micro-batches on each",
         "GiB on each GPU:",
-        *(f"  {field.name:12} {getattr(held, field.name) / GIB:6.1f}" for field in fields(held)),
-        f"  {'total':12} {held.total / GIB:6.1f}",
+        *(f"  {field.name:14} {getattr(held, field.name) / GIB:6.1f}" for field in fields(held)),
+        f"  {'total':14} {held.total / GIB:6.1f}",
         f"host memory while loading: {ranks * sizes.parameters * MASTER_BYTES / GIB:.0f} GiB on all ranks together",
     ]
     if held.total > limit * GIB:
@@ -190,5 +199,7 @@ def _remedy(kind: str) -> str:
     return {
         "activations": "lower learner.token_budget, or set learner.activation_checkpointing: full",
         "engine": "lower rollout.gpu_memory_utilization",
+        "reward_engine": "lower prm.gpu_memory_utilization",
+        "teacher_engine": "lower teacher.gpu_memory_utilization",
         "head": "lower learner.token_budget",
     }.get(kind, "use more GPUs, or set learner.cpu_offload")

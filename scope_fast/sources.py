@@ -8,6 +8,7 @@ Columns are found by the conventions of the field, by what the first row has, or
     ours, TRL     prompt (text or chat messages); answer or solution; task, metadata
     verl          prompt (messages), reward_model.ground_truth, data_source
     benchmarks    problem or question; answer, solution or ground_truth
+    reasoning-gym question, answer, metadata.source_dataset as the task
 Multiple choice: `data.choices_column` holds the options (a list, or ARC's {"text", "label"}), or the answer is one and
 `data.distractor_columns` hold the others (GPQA). The options follow the question, and the answer becomes a letter.
 """
@@ -129,7 +130,8 @@ def _row(raw: Any, where: str, number: int, columns: tuple[str, str], data: Data
     if data.choices_column or data.distractor_columns:
         prompt, answer = _multiple_choice(raw, where, number, (prompt, answer), data)
     own = raw["metadata"] if isinstance(raw.get("metadata"), dict) else {}
-    task = str(raw.get("task") or raw.get("data_source") or task)
+    # a row that reasoning-gym wrote names its generator there
+    task = str(raw.get("task") or raw.get("data_source") or own.get("source_dataset") or task)
     entry = {**raw, "answer": _text(answer, where, columns[1]), "metadata": {**own, "source_dataset": task}}
     return {"task": task, "prompt": prompt, "entry": entry}
 

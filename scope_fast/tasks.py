@@ -4,10 +4,14 @@ reasoning-gym owns the questions and the scoring (`score_answer`). What it does 
 needs, is the working: each `Task` here writes it line by line, continues it from any given line, and so can also check
 it. The last line carries the answer ("12 + 7 = 19. Answer: 19"). A line can be written in several styles, all of them
 right; the first is the one the embedded student was taught. Verifier workers load this module: no torch here.
+
+Every other generator of reasoning-gym can be asked from and scored too, at its own defaults; it has no working, so
+nothing here solves it, checks its steps or teaches it.
 """
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,10 +21,13 @@ from typing import Any
 
 import reasoning_gym  # here, not in the functions: a worker's first item must not pay for the import
 from reasoning_gym.arithmetic.leg_counting import ANIMALS
+from reasoning_gym.factory import DATASETS as GENERATORS
 
 Entry = dict[str, Any]
 Step = Callable[[int | None], tuple[tuple[str, ...], int]]
 STYLES = ("plain", "swapped", "worded")
+
+GENERATED = 100_000  # entries of a generator without working, which then repeat: some make all of them beforehand
 
 _ANSWER = re.compile(r"Answer:[ \t]*(\S[^\n]*)")
 _LAST_INTEGER = re.compile(r"= (-?\d+)(?:\. Answer: \S+)?$")
@@ -131,17 +138,46 @@ TASKS = {task.name: task for task in _EMBEDDED}
 
 
 def get_task(name: str) -> Task:
-    """The embedded task of that name; ValueError with the known names otherwise."""
+    """The embedded task of that name, which has working; ValueError with the known names otherwise."""
     if name not in TASKS:
         raise ValueError(f"task {name!r} is not embedded; known: {', '.join(sorted(TASKS))}")
     return TASKS[name]
 
 
+def check_name(name: str) -> None:
+    """ValueError unless `name` is an embedded task or a generator of reasoning-gym."""
+    if name not in TASKS and name not in GENERATORS:
+        near = difflib.get_close_matches(name, [*TASKS, *GENERATORS], 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(
+            f"task {name!r} is not embedded, nor a generator of reasoning-gym{hint} (embedded: "
+            f"{', '.join(sorted(TASKS))}; the generators: reasoning_gym.factory.DATASETS)"
+        )
+
+
 @lru_cache(maxsize=64)
 def dataset(name: str, seed: int) -> Any:
-    """reasoning-gym's data set of that task; entries are generated when they are indexed, each from seed + index."""
-    task = get_task(name)
-    return reasoning_gym.create_dataset(task.generator or name, seed=seed, size=2**31 - 1, **task.params)
+    """reasoning-gym's data set of an embedded task or of a generator; each entry comes from seed + index.
+
+    Embedded tasks have entries without end, generators have GENERATED. Raises ValueError for an unknown name, and for a
+    generator that makes no entry with its defaults.
+    """
+    check_name(name)
+    if name in TASKS:
+        task = TASKS[name]
+        return reasoning_gym.create_dataset(task.generator or name, seed=seed, size=2**31 - 1, **task.params)
+    try:
+        made = reasoning_gym.create_dataset(name, seed=seed, size=GENERATED)
+        made[0]  # some refuse a seed only here
+    except (AssertionError, ValueError) as error:  # how its generators check their settings
+        raise ValueError(f"task {name!r}: reasoning-gym makes no {GENERATED} entries of it: {error}") from error
+    return made
+
+
+@lru_cache(maxsize=64)
+def _scorer(name: str) -> Any:
+    """The data set whose `score_answer` judges; of a generator with one entry, so that no worker waits for more."""
+    return dataset(name, 0) if name in TASKS else reasoning_gym.create_dataset(name, seed=0, size=1)
 
 
 def entries(name: str, seed: int, start: int = 0) -> Iterator[Entry]:
@@ -166,13 +202,19 @@ def extract_answer(response: str) -> str | None:
 def score(response: str, entry: Entry) -> tuple[float, str | None]:
     """The verifier's scoring function: (reward, what follows the last "Answer:").
 
-    1.0 where reasoning-gym gives the answer its full score, or where, for a task that is not embedded (rows of
-    `data.path`), it is the row's answer letter by letter; else 0.0.
+    1.0 where reasoning-gym gives the answer its full score, or where, for an entry that is not reasoning-gym's (rows of
+    `data.path`), it is the row's answer letter by letter; else 0.0. Many generators ask for a grid: for those without
+    working the rest of the response may be the answer too, not only the rest of the line.
     """
     answer = extract_answer(response)
+    name = entry["metadata"]["source_dataset"]
+    if name in GENERATORS and name not in TASKS and len(entry["metadata"]) > 1:  # a row's bare name is no such entry
+        rest = response.rpartition("Answer:")[2].strip() if "Answer:" in response else ""
+        tries = list(dict.fromkeys(text for text in (answer, rest) if text))
+        passed = next((text for text in tries if _scorer(name).score_answer(text, entry) >= 1.0), None)
+        return float(passed is not None), passed or answer or rest or None
     if answer is None:
         return 0.0, None
-    name = entry["metadata"]["source_dataset"]
     if name not in TASKS:
         return float(answer == str(entry["answer"]).strip()), answer
-    return float(dataset(name, 0).score_answer(answer, entry) >= 1.0), answer
+    return float(_scorer(name).score_answer(answer, entry) >= 1.0), answer

@@ -151,4 +151,8 @@ def _usable(reply: object) -> Reply | TeacherError:
         return reply
     if not isinstance(reply, Reply):
         return TeacherError(f"a {type(reply).__name__} instead of a reply")
+    try:
+        reply.text.encode()
+    except UnicodeEncodeError:  # JSON can spell half a surrogate pair, which no tokenizer takes
+        return TeacherError("the reply holds half a character")
     return reply if reply.text.strip() else TeacherError("empty reply")

@@ -9,6 +9,7 @@ begin a new answer, and the splice would be of two unrelated texts.
 
 Every attempt and every request is counted once:    requests = finished + unfinished + the sum of fault/*
                                                     asked = cached + finished + unfinished + the sum of error/*
+Beside them: no_usage, replies that the token budget cannot see; cache_failed, finished replies that were not stored.
 """
 
 from __future__ import annotations
@@ -18,11 +19,14 @@ import hashlib
 import json
 import os
 import random
+import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from scope_fast import config as cfg
+from scope_fast.loading import loading
 from scope_fast.teacher import Reply, Request, TeacherError
 
 RETRIED = frozenset({"rate_limit", "server", "timeout", "connection", "bad_json"})
@@ -46,7 +50,7 @@ class EndpointTeacher:
         self._jitter = random.Random()  # of waits only: two clients must not come back at the same moment
         self.counts: Counter[str] = Counter()
         self._spent_requests = self._spent_tokens = 0
-        self._deadline = 0.0
+        self._deadline, self._cache_warned = 0.0, False
 
     def complete(self, requests: list[Request]) -> list[Outcome]:
         """All requests at once, `concurrency` in flight. Whatever is not there shortly before `teacher.timeout_s` is a
@@ -84,26 +88,37 @@ class EndpointTeacher:
         self._deadline = asyncio.get_running_loop().time() + bound - min(1.0, 0.1 * bound)
         slots = asyncio.Semaphore(self._server.concurrency)
         async with self._client() as client:
-            tasks = [self._one(client, slots, self.body(request, i)) for i, request in enumerate(requests)]
-            return await asyncio.gather(*tasks)
+            tasks = [self._one(client, slots, request, i) for i, request in enumerate(requests)]
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+        return [self._settled(result) for result in results]
+
+    def _settled(self, result: Outcome | BaseException) -> Outcome:
+        """What nobody foresaw in one request is that request's error; the others keep their replies."""
+        if isinstance(result, Reply | TeacherError):
+            return result
+        if not isinstance(result, Exception):  # a cancellation is no failure
+            raise result
+        self.counts["error/unexpected"] += 1
+        return TeacherError(self._clean(f"{type(result).__name__}: {result}"), "unexpected")
 
     def _client(self):
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         limits = self._httpx.Limits(max_connections=self._server.concurrency)
         return self._httpx.AsyncClient(headers=headers, limits=limits, timeout=self._server.request_timeout_s)
 
-    async def _one(self, client, slots: asyncio.Semaphore, body: dict[str, Any]) -> Outcome:
+    async def _one(self, client, slots: asyncio.Semaphore, request: Request, index: int) -> Outcome:
         """A request to its end: from the cache, or attempt after attempt."""
+        body = self.body(request, index)
         cached = self._cached(body)
         if cached is not None:
             self.counts["cached" if isinstance(cached, Reply) else f"error/{cached.category}"] += 1
-            return cached
+            return self._spliced(request, cached) if isinstance(cached, Reply) else cached
         for attempt in range(self._server.retries + 1):
             async with slots:
                 outcome, retry_after = await self._attempt(client, body)
             if isinstance(outcome, Reply):
                 self._store(body, outcome)
-                return outcome
+                return self._spliced(request, outcome)
             wait = self._server.backoff_s * 2**attempt * self._jitter.uniform(0.5, 1.0)
             wait = max(wait, retry_after)
             late = asyncio.get_running_loop().time() + wait >= self._deadline
@@ -123,7 +138,11 @@ class EndpointTeacher:
             return TeacherError(spent, "budget"), 0.0
         self._spent_requests += 1
         self.counts["requests"] += 1
-        outcome, retry_after = await self._post(client, body, min(left, self._server.request_timeout_s))
+        try:
+            outcome, retry_after = await self._post(client, body, min(left, self._server.request_timeout_s))
+        except Exception:  # only counted here: `_settled` makes it the request's error
+            self.counts["fault/unexpected"] += 1
+            raise
         if isinstance(outcome, Reply):
             self.counts["finished" if outcome.finished else "unfinished"] += 1
         else:
@@ -137,7 +156,7 @@ class EndpointTeacher:
                 response = await client.post(url, json=body)
         except (TimeoutError, self._httpx.TimeoutException):
             return TeacherError(f"no reply within {timeout_s:.3g} s", "timeout"), 0.0
-        except self._httpx.TransportError as error:
+        except self._httpx.RequestError as error:  # lost connections, and bodies that do not decode
             return TeacherError(self._clean(f"{type(error).__name__}: {error}"), "connection"), 0.0
         text = self._clean(response.text)
         if response.status_code != 200:
@@ -151,8 +170,8 @@ class EndpointTeacher:
             answer = json.loads(text)
         except json.JSONDecodeError as error:
             return TeacherError(f"not JSON: {error}", "bad_json")
-        usage = answer.get("usage") if isinstance(answer, dict) else None
-        self._spent_tokens += int((usage or {}).get("total_tokens") or 0)
+        tokens = _total_tokens(answer)
+        self._spent_tokens += tokens or 0
         try:
             choice = answer["choices"][0]
             content = choice["text"] if self.sends_tokens else choice["message"]["content"]
@@ -161,7 +180,15 @@ class EndpointTeacher:
             return TeacherError(f"no choice in the reply ({type(error).__name__}: {error})", "empty")
         if not isinstance(content, str) or not content.strip():
             return TeacherError("empty reply", "empty")
+        if tokens is None:
+            self.counts["no_usage"] += 1
         return Reply(content, finished)
+
+    def _spliced(self, request: Request, reply: Reply) -> Reply:
+        """A chat template may strip the prefix (Llama 3's `| trim`); a model that goes on from there writes the white
+        space at its end again, which the student's text has already."""
+        ending = request.prefix[len(request.prefix.rstrip()) :]
+        return reply if self.sends_tokens else replace(reply, text=reply.text.removeprefix(ending))
 
     def _budget_spent(self) -> str:
         """Why nothing more may be sent; "" while it may. Requests in flight may overrun the budget of tokens."""
@@ -185,19 +212,29 @@ class EndpointTeacher:
         if file is None or not file.is_file():
             return None
         try:
-            return Reply(json.loads(file.read_text(encoding="utf-8"))["text"])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            text = json.loads(file.read_text(encoding="utf-8"))["text"]
+            if not isinstance(text, str) or not text.strip():
+                raise ValueError(f"its text is {text!r}")
+        except (OSError, ValueError, KeyError, TypeError) as error:  # ValueError: no JSON, no UTF-8
             return TeacherError(f"teacher.endpoint.cache: {file} is damaged ({error}); delete it", "cache")
+        return Reply(text)
 
     def _store(self, body: dict[str, Any], reply: Reply) -> None:
-        """Only finished replies: another attempt at the others may do better. Whole or not at all."""
+        """Only finished replies: another attempt at the others may do better. Whole or not at all; a full disk costs
+        the cache its copy and nobody the reply."""
         file = self._file(body)
         if file is None or not reply.finished:
             return
-        file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(f".{os.getpid()}.tmp")
-        partial.write_text(json.dumps({"text": reply.text}), encoding="utf-8")
-        partial.replace(file)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(json.dumps({"text": reply.text}), encoding="utf-8")
+            partial.replace(file)
+        except OSError as error:
+            self.counts["cache_failed"] += 1
+            if not self._cache_warned:
+                self._cache_warned = True
+                print(f"teacher.endpoint.cache: replies are not stored: {error}", file=sys.stderr, flush=True)
 
     async def _check(self) -> None:
         async with self._client() as client:
@@ -218,13 +255,13 @@ class EndpointTeacher:
         request = {"model": self._server.model, "max_tokens": 1, "temperature": 0.0, **body}
         try:
             response = await client.post(f"{self._server.url.rstrip('/')}/{self._route}", json=request)
-        except self._httpx.TransportError as error:
+        except self._httpx.RequestError as error:
             raise self._refusal(self._clean(f"{type(error).__name__}: {error}")) from None
         if response.status_code != 200:
             raise self._refusal(f"HTTP {response.status_code}: {self._clean(response.text)[:200]}")
         try:
             return int(response.json()["usage"]["prompt_tokens"])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise self._refusal(f"no usage.prompt_tokens in the reply ({type(error).__name__})") from None
 
     def _refusal(self, why: str) -> ValueError:
@@ -237,13 +274,21 @@ def continued(messages: list[dict[str, str]], prefix: str) -> dict[str, Any]:
     return {"messages": whole, "continue_final_message": True, "add_generation_prompt": False}
 
 
+def _total_tokens(answer: Any) -> int | None:
+    """What the server says a reply cost; None where it says nothing that is a count."""
+    usage = answer.get("usage") if isinstance(answer, dict) else None
+    total = usage.get("total_tokens") if isinstance(usage, dict) else None
+    return total if type(total) is int and total >= 0 else None
+
+
 def _shares_tokenizer(server: cfg.Endpoint, student) -> bool:
     """Whether token ids may be sent: declared, or checked. A tokenizer that differs means the chat route."""
     if server.tokenizer in (None, "student"):
         return server.tokenizer == "student"
     from transformers import AutoTokenizer
 
-    same = student.get_vocab() == AutoTokenizer.from_pretrained(server.tokenizer).get_vocab()
+    with loading("teacher.endpoint.tokenizer", server.tokenizer):
+        same = student.get_vocab() == AutoTokenizer.from_pretrained(server.tokenizer).get_vocab()
     what = "the student's token ids" if same else "messages and text prefixes"
     print(f"teacher: the endpoint gets {what}", flush=True)
     return same

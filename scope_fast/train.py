@@ -24,20 +24,19 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from transformers.utils.logging import disable_progress_bar
 
 from scope_fast import attention, checkpoint, convert_gguf, distributed, health, plan, replay, sharding, warm_start
-from scope_fast.config import Config, load, to_yaml
+from scope_fast.config import Config, load, overrides, to_yaml
 from scope_fast.data import PromptSource
 from scope_fast.files import WriteFailed, sync, write_whole, writing
 from scope_fast.interrupt import Interrupt
 from scope_fast.learner import Learner
+from scope_fast.loading import loading
 from scope_fast.metrics import MetricsWriter, RolloutLog
-from scope_fast.prm import text_scorers
-from scope_fast.prm.scorers import ExactScorer, StepScorer, TokenClassifierScorer
-from scope_fast.prm.vllm_pooling import VllmStepScorer
+from scope_fast.prm.load import make_scorer
 from scope_fast.progress import progress_bars
 from scope_fast.report import write_report
 from scope_fast.rollout import make_engine
 from scope_fast.rollout.base import EngineOptions
-from scope_fast.tasks import get_task
+from scope_fast.tasks import check_name
 from scope_fast.teacher import ModelTeacher, SolverTeacher, Teacher, check_shared_tokenizer
 from scope_fast.teacher_endpoint import EndpointTeacher
 from scope_fast.trainer import Trainer
@@ -117,7 +116,7 @@ def parse(argv: list[str] | None) -> tuple[Config, str, bool, replay.Source | No
         config = load(path, overrides(rest))
         if config.data.path is None:
             for name in config.data.tasks:
-                get_task(name)
+                check_name(name)
         if known.resume not in ("auto", "never"):
             config = config.model_copy(update={"out": known.resume})
             if not (config.run_dir / "config.yaml").exists():
@@ -125,22 +124,6 @@ def parse(argv: list[str] | None) -> tuple[Config, str, bool, replay.Source | No
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
     return config, known.resume, known.dry_run, None
-
-
-def overrides(arguments: list[str]) -> list[tuple[str, str]]:
-    """`--a.b value` and `--a.b=value` as pairs. ValueError for anything else."""
-    pairs, rest = [], list(arguments)
-    while rest:
-        key = rest.pop(0)
-        if not key.startswith("--"):
-            raise ValueError(f"unexpected argument {key!r}: overrides are written --dotted.key value")
-        key, equals, value = key[2:].partition("=")
-        if not equals:
-            if not rest:
-                raise ValueError(f"--{key} needs a value")
-            value = rest.pop(0)
-        pairs.append((key, value))
-    return pairs
 
 
 def claim(config: Config, resume: str) -> Path | None:
@@ -256,16 +239,19 @@ def role_folder(config: Config, role: str, progress) -> str | None:
 
 
 def load_student(config: Config, folder: str):
-    """The student's model and tokenizer. ValueError for a tokenizer without an end-of-sequence token."""
+    """The student's model and tokenizer. ValueError for a folder or hub name that has none, and for a tokenizer without
+    an end-of-sequence token."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with loading("model.path", folder):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"model.path: the tokenizer of {folder} has no EOS token, which ends every response")
     # float32 whatever model.dtype says: a bfloat16 weight would lose an update of 1e-6: the learner casts instead
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation=attention.implementation(config.learner.attention)
-    )
+    with loading("model.path", folder):
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation=attention.implementation(config.learner.attention)
+        )
     if config.learner.liger:
         sharding.use_liger(model)
     # one of several ranks keeps its shards only: the whole model stays in host memory until they are cut
@@ -293,26 +279,6 @@ def engine_options(config: Config) -> EngineOptions:
     )
 
 
-def make_scorer(config: Config, folder: str | None, tokenizer, stack: ExitStack | None = None) -> StepScorer:
-    """The process reward model `prm.kind` names; `stack` closes one that runs in vLLM."""
-    settings, dtype = config.prm, DTYPES[config.model.dtype]
-    if folder is None:
-        return ExactScorer(tokenizer)
-    if settings.engine == "vllm":
-        made = VllmStepScorer(tokenizer, folder, config.model.dtype, int(config.rollout.kv_cache_gib * 2**30))
-        return made if stack is None else stack.enter_context(closing(made))
-    if settings.kind in text_scorers.FORMATS:
-        device = distributed.device()
-        return text_scorers.load(settings.kind, folder, tokenizer, dtype, device, settings.token_budget)
-    from transformers import AutoModelForTokenClassification, AutoTokenizer
-
-    check_shared_tokenizer(tokenizer, AutoTokenizer.from_pretrained(folder), "prm.path")
-    model = AutoModelForTokenClassification.from_pretrained(
-        folder, dtype=dtype, attn_implementation=attention.implementation()
-    )
-    return TokenClassifierScorer(model.to(distributed.device()), settings.token_budget)
-
-
 def make_teacher(config: Config, folder: str | None, tokenizer, stack: ExitStack) -> Teacher:
     """The teacher `teacher.kind` names; a model samples beside the student's engine."""
     settings = config.teacher
@@ -324,8 +290,15 @@ def make_teacher(config: Config, folder: str | None, tokenizer, stack: ExitStack
         return endpoint
     from transformers import AutoTokenizer
 
-    check_shared_tokenizer(tokenizer, AutoTokenizer.from_pretrained(folder), "teacher.path")
-    options = EngineOptions(dtype=config.model.dtype, max_model_len=config.rollout.context)
+    with loading("teacher.path", folder):
+        check_shared_tokenizer(tokenizer, AutoTokenizer.from_pretrained(folder), "teacher.path")
+    options = EngineOptions(
+        dtype=config.model.dtype,
+        max_model_len=config.rollout.context,
+        num_threads=config.rollout.num_threads,
+        kv_cache_bytes=int(config.rollout.kv_cache_gib * 2**30),
+        gpu_memory_utilization=settings.gpu_memory_utilization,
+    )
     engine = stack.enter_context(closing(make_engine(settings.engine, folder, options)))
     return ModelTeacher(engine, tokenizer, settings, config.rollout.context, config.seed)
 

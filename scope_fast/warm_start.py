@@ -31,7 +31,7 @@ from scope_fast.losses import linear_scope_loss
 from scope_fast.prm.formats import Encoded
 from scope_fast.prm.train import row_logits
 from scope_fast.progress import progress_bars
-from scope_fast.tasks import STYLES, Entry, Task, dataset, get_task, slipping
+from scope_fast.tasks import STYLES, TASKS, Entry, Task, dataset, get_task, slipping
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
@@ -72,6 +72,14 @@ _IRRELEVANT = {"student": {"teacher_steps", *_OF_THE_PRM}, "teacher": _OF_THE_PR
 
 
 def _key(config: cfg.Config, role: str) -> str:
+    without = next((name for name in _tasks(config) if name not in TASKS), None)
+    if without is not None:
+        key = {"student": "model.path", "prm": "prm.path", "teacher": "teacher.path"}[role]
+        setting = "data.tasks" if config.warm_start.tasks is None else "warm_start.tasks"
+        raise ValueError(
+            f"{key}: the tiny {role} is taught by worked solutions, which task {without!r} of {setting} has not; name "
+            f"a model, or use {', '.join(sorted(TASKS))}"
+        )
     tasks = [(name, get_task(name).params) for name in _tasks(config)]
     settings = config.warm_start.model_dump(exclude={"tasks", *_IRRELEVANT[role]})
     for name in ("student_styles", "prm_styles"):

@@ -7,7 +7,7 @@ import pytest
 from factories import byte_level, configured
 
 from scope_fast.config import Data
-from scope_fast.data import HELDOUT_SEED, EmbeddedTasks, PromptSource, Table, encode_prompt
+from scope_fast.data import HELDOUT_SEED, GymTasks, PromptSource, Table, encode_prompt
 
 ROWS = [{"prompt": f"question {i}", "answer": str(i)} for i in range(10)]
 
@@ -125,8 +125,8 @@ def test_embedded_tasks_take_turns_and_never_repeat():
 
 
 def test_embedded_runs_of_any_seed_stay_apart():
-    rows = [EmbeddedTasks(["chain_sum"], seed).row(i) for seed in (0, 1, 2**20 - 1) for i in (0, 999_999)]
-    heldout = EmbeddedTasks(["chain_sum"], 0).heldout(2)
+    rows = [GymTasks(["chain_sum"], seed).row(i) for seed in (0, 1, 2**20 - 1) for i in (0, 999_999)]
+    heldout = GymTasks(["chain_sum"], 0).heldout(2)
     assert len({row["id"] for row in rows + heldout}) == 8
     assert [row["id"] for row in heldout] == ["chain_sum/heldout-0", "chain_sum/heldout-1"]
     assert HELDOUT_SEED > 2**20 * 2_000_000  # the largest seed a configuration takes, and as much again
@@ -192,7 +192,7 @@ def test_no_usable_prompt_at_all(tmp_path):
 def test_chat_messages_need_a_template(tmp_path):
     messages = [{"role": "system", "content": "add"}, {"role": "user", "content": "1 + 1"}]
     assert byte_level().decode(encode_prompt(byte_level(), messages)) == "add\n1 + 1\n"
-    with pytest.raises(ValueError, match="prompt is a list of messages, but the tokenizer has no chat template"):
+    with pytest.raises(ValueError, match=r"data\.examples.*model\.path"):
         encode_prompt(plain_tokenizer(), messages)
     rows = [{"prompt": messages, "answer": "2"}, {"prompt": "b", "answer": "2"}]
     (prompt,) = source(jsonl(tmp_path / "rows.jsonl", rows), heldout=1).next(1)
@@ -236,8 +236,40 @@ def test_parts_that_work_embedded_tasks_only(overrides, message, tmp_path):
 
 
 def test_an_unknown_task_is_named():
-    with pytest.raises(ValueError, match="task 'sums' is not embedded; known: chain_sum, leg_counting"):
+    with pytest.raises(ValueError, match="task 'sums' is not embedded, nor a generator of reasoning-gym"):
         source(**{"data.tasks": "[sums]"})
+
+
+def test_any_generator_of_reasoning_gym_gives_prompts():
+    mixed = {"data.tasks": "[gcd, chain_sum]", "prm.kind": "token_classifier"}
+    prompts = source(**mixed).next(6)
+    assert [p.task for p in prompts] == ["gcd", "chain_sum"] * 3
+    assert prompts == source(**mixed).next(6) != source(seed=1, **mixed).next(6)
+    assert "Greatest Common Divisor" in prompts[0].text and prompts[0].id == "gcd/0"
+    held = source(**mixed).heldout
+    assert {p.id.split("-")[0] for p in held} == {"gcd/heldout", "chain_sum/heldout"}
+    assert not {p.text for p in held} & {p.text for p in prompts}
+
+
+def test_a_generator_s_entries_come_again(monkeypatch):
+    monkeypatch.setattr("scope_fast.data.GENERATED", 5)
+    rows = GymTasks(["gcd"], 0)
+    assert rows.row(7) == rows.row(2) != rows.row(3)
+    assert GymTasks(["chain_sum"], 0).row(7) != GymTasks(["chain_sum"], 0).row(2)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"method": "scope"}, "teacher.kind: the solver cannot work task 'gcd' of data.tasks"),
+        ({"method": "grpo", "prm.kind": "exact"}, "prm.kind: task 'gcd' of data.tasks has no exact checker"),
+    ],
+)
+def test_what_needs_working_refuses_a_generator_by_name(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        source(**{"data.tasks": "[chain_sum, gcd]", **overrides})
+    config = configured(**{"data.tasks": "[chain_sum, gcd]", "data.heldout": 2, **overrides})
+    assert len(PromptSource(config, byte_level(), trains=False).heldout) == 2
 
 
 def test_limits_on_the_length_of_a_prompt(tmp_path):

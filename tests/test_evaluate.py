@@ -1,9 +1,12 @@
 """The command, with a scripted engine whose every number is known, and with a real one on a tiny random model."""
 
 import json
+import math
+import re
 from pathlib import Path
 
 import pytest
+import tiny_prms
 import torch
 from factories import byte_level
 from tiny_models import make
@@ -11,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from scope_fast import checkpoint, evaluate, warm_start
 from scope_fast.config import Config, load, to_yaml
+from scope_fast.prm import load as prm_load
 from scope_fast.rollout.base import Rollout
 from scope_fast.suite import load_suite
 from scope_fast.tasks import TASKS
@@ -233,6 +237,17 @@ def test_a_real_engine_a_users_judge_and_the_same_numbers_again(model, tmp_path)
     assert other["benchmarks"]["a"]["metrics"]["response/length"] != metrics["response/length"]
 
 
+def test_a_generator_that_is_not_embedded(model, scripted, tmp_path):
+    """No worked solutions, so nothing is localised; reasoning-gym scores."""
+    scripted(lambda prompt, sample: f"Answer: {math.gcd(*map(int, re.findall(r'[0-9]+', prompt)))}")
+    status, made = run(model, "--task", "gcd", "--k", "1", "--prompts", "6", tmp_path=tmp_path)
+    assert status == 0 and made["benchmarks"]["gcd"]["metrics"]["avg@n"]["value"] == 1.0
+    scripted(lambda prompt, sample: "Answer: 0")
+    _, made = run(model, "--data.tasks", "[gcd, chain_sum]", "--k", "1", "--prompts", "6", tmp_path=tmp_path)
+    assert set(made["benchmarks"]) == {"gcd", "chain_sum"}
+    assert made["benchmarks"]["gcd"]["metrics"]["avg@n"]["value"] == 0.0
+
+
 def test_a_reward_model_of_ones_own_finds_the_near_misses(model, scripted, tmp_path):
     """A classifier that believes nothing: every failed rollout has its first error at once, so none is a near miss."""
     import torch
@@ -258,6 +273,37 @@ def test_a_reward_model_of_ones_own_finds_the_near_misses(model, scripted, tmp_p
     prm.save_pretrained(tmp_path / "prm")
     metric = run(*arguments, tmp_path=tmp_path)[1]["benchmarks"]["a"]["metrics"]["scope/near_miss_rate"]
     assert metric["value"] == 1.0
+
+
+def test_a_published_reward_model_is_named_by_prm_alone(model, scripted, tmp_path):
+    tiny_prms.qwen(tmp_path)
+    data = jsonl(tmp_path / "a.jsonl", [{"prompt": "a", "answer": "5"}, {"prompt": "b", "answer": "6"}])
+    scripted(lambda prompt, sample: "one\ntwo\nAnswer: 5")
+    arguments = [model, "--k", "1", "--data.path", data, "--prm", tmp_path, "--prm.kind", "qwen2.5-math-prm"]
+    made = run(*arguments, tmp_path=tmp_path)[1]["benchmarks"]["a"]
+    assert made["counts"]["prm/invalid"] == 0 and made["metrics"]["scope/near_miss_rate"]["problems"] == 1
+
+
+def test_a_reward_model_in_vllm_is_closed(model, scripted, tmp_path, monkeypatch):
+    events = []
+
+    class Scorer:
+        def __init__(self, *arguments):
+            events.append("made")
+
+        def __call__(self, trajectories):
+            events.append("asked")
+            return [[1.0] * len(t.steps) for t in trajectories]
+
+        def close(self):
+            events.append("closed")
+
+    monkeypatch.setattr(prm_load, "VllmStepScorer", Scorer)
+    data = jsonl(tmp_path / "a.jsonl", [{"prompt": "a", "answer": "5"}, {"prompt": "b", "answer": "6"}])
+    scripted(lambda prompt, sample: "one\ntwo\nAnswer: 5")
+    vllm = ["--prm", tmp_path, "--prm.kind", "qwen2.5-math-prm", "--prm.engine", "vllm"]
+    run(model, "--k", "1", "--data.path", data, *vllm, tmp_path=tmp_path)
+    assert events == ["made", "asked", "closed"]
 
 
 PAPER_ROWS = {

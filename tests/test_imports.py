@@ -27,6 +27,7 @@ LEVELS = [
         "estimators",
         "convert_gguf",
         "files",
+        "loading",
         "attention",
     },
     {"config", "ops", "answers", "checkpoint", "sharding", "health", "interrupt"},

@@ -82,6 +82,29 @@ def test_a_reward_model_lies_on_every_gpu(tmp_path):
     assert plan.reward_model_parameters(configured(**{"prm.kind": "exact"}), SIZES) == 0
 
 
+def test_every_engine_that_shares_the_gpu_takes_its_share(tmp_path):
+    in_vllm = {
+        "distributed.gpu_memory_gib": 40, "prm.kind": "qwen2.5-math-prm", "prm.path": str(tmp_path),
+        "prm.engine": "vllm", "prm.gpu_memory_utilization": 0.1,
+        "teacher.kind": "model", "teacher.engine": "vllm",
+    }  # fmt: skip
+    config = configured(**in_vllm)
+    assert plan.reward_model_parameters(config, SIZES) == 0  # they lie in the engine's share
+    held = plan.memory(config, SIZES, ranks=1)
+    assert held.reward_engine == pytest.approx(0.1 * 40 * GIB)
+    assert held.teacher_engine == pytest.approx(0.2 * 40 * GIB)
+    alone = plan.memory(configured(**{"distributed.gpu_memory_gib": 40}), SIZES, ranks=1)
+    assert (alone.reward_engine, alone.teacher_engine) == (0, 0)
+    assert held.total - alone.total == pytest.approx(0.3 * 40 * GIB)
+    sampled = {"teacher.kind": "model", "teacher.engine": "transformers"}
+    assert plan.memory(configured(**sampled), SIZES, ranks=1).teacher_engine == 0
+    base = {"model.config": ARCHITECTURE, "distributed.gpus": 8, **in_vllm, "rollout.gpu_memory_utilization": 0.3}
+    with pytest.raises(ValueError, match=r"most of it reward_engine: lower prm\.gpu_memory_utilization"):
+        plan.describe(configured(**{**base, "prm.gpu_memory_utilization": 0.6}))
+    with pytest.raises(ValueError, match=r"most of it teacher_engine: lower teacher\.gpu_memory_utilization"):
+        plan.describe(configured(**{**base, "teacher.gpu_memory_utilization": 0.6}))
+
+
 def test_the_7b_preset_fits_its_gpus():
     text = plan.describe(load("qwen2.5-math-7b"))
     assert "7,615,616,512 parameters on 8 GPUs of 80 GiB" in text

@@ -4,9 +4,10 @@ import random
 
 import pytest
 import torch
-from factories import byte_level, prompt, trajectory
+from factories import byte_level, configured, prompt, sentencepiece, trajectory
 from transformers import LlamaConfig, LlamaForTokenClassification, Qwen2Config, Qwen2ForTokenClassification
 
+from scope_fast.prm.load import make_scorer
 from scope_fast.prm.scorers import ExactScorer, TokenClassifierScorer
 from scope_fast.scope.localize import first_error, valid_probs
 from scope_fast.scope.steps import TokenBytes, split_steps
@@ -115,3 +116,17 @@ def test_the_exact_checker(response, expected):
     steps = split_steps(TokenBytes(tokenizer)(ids), trailing_eos=True)
     made = trajectory((1,) * (len(ids) - 1), prompt=prompt(entry), token_ids=ids, steps=steps)
     assert ExactScorer(tokenizer)([made]) == [expected]
+
+
+@pytest.mark.parametrize("kind", ["token_classifier", "math-shepherd", "qwen2.5-math-prm"])
+def test_a_model_that_is_not_there_is_named(kind, tmp_path):
+    config = configured(**{"prm.kind": kind, "prm.path": tmp_path / "nowhere"})
+    with pytest.raises(ValueError, match=r"prm\.path: .*nowhere cannot be loaded: "):
+        make_scorer(config, config.prm.path, byte_level())
+
+
+def test_another_tokenizer_than_the_student_s_is_refused(tmp_path):
+    sentencepiece().save_pretrained(tmp_path)
+    config = configured(**{"prm.path": tmp_path})
+    with pytest.raises(ValueError, match=r"prm\.path: its tokenizer differs from the student's"):
+        make_scorer(config, config.prm.path, byte_level())

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from scope_fast.ops import reference
 from scope_fast.prm import text_scorers
 from scope_fast.prm.formats import QwenFormat, RlhflowFormat, ShepherdFormat
-from scope_fast.prm.vllm_pooling import VllmStepScorer
+from scope_fast.prm.vllm_pooling import VllmStepScorer, memory_arguments
 from scope_fast.scope.localize import first_error
 
 CPU = torch.device("cpu")
@@ -137,6 +137,12 @@ def test_vllm_s_step_pooling_finds_the_same_first_errors(qwen):
     errors = [first_error(probs) for probs in mine]
     assert errors == [first_error(probs) for probs in theirs]
     assert len(set(errors)) >= 5  # not all at the first step
+
+
+def test_vllm_is_told_what_it_may_hold():
+    """Its own default on a GPU is 0.92 of it, beside a learner and a sampler."""
+    assert memory_arguments(False, 1 << 28, 0.15) == {"gpu_memory_utilization": 0.15}
+    assert memory_arguments(True, 1 << 28, 0.15) == {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 28}
 
 
 def _spelling_out_a_separator(student):

@@ -97,7 +97,36 @@ def test_the_command_leaves_a_folder_that_tells_right_from_wrong(tmp_path):
     assert [p > 0.5 for p in probs] == [True, False, True]
 
 
+def test_steps_are_set_apart_as_the_run_will_read_them(tmp_path):
+    tokenizer = byte_level()
+    data = write(tmp_path / "a.jsonl", [ROW])
+    (example,), _ = prm_train.read_examples(data, tokenizer, 100, "\n\n")
+    start = len(prm_train.encode_prompt(tokenizer, ROW["prompt"]))
+    response = example.encoded.ids[start:]
+    assert tokenizer.decode(response) == "1 + 1 = 2\n\nAnswer: 2"
+    steps = split_steps(TokenBytes(tokenizer)(response), b"\n\n")
+    assert example.encoded.rows == [start + end - 1 for _, end in steps] and len(steps) == 2
+
+
+def test_the_separator_is_written_with_escapes(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(prm_train, "train", lambda base, data, out, settings: seen.append(settings.step_separator))
+    for text in ("\\n\\n", "\n\n", " ки\\n"):
+        assert prm_train.main(["base", "data", str(tmp_path), "--step-separator", text]) == 0
+    assert prm_train.main(["base", "data", str(tmp_path)]) == 0
+    assert seen == ["\n\n", "\n\n", " ки\n", "\n"]
+
+
 def test_bad_input_ends_with_a_message(tmp_path, capsys):
     data = write(tmp_path / "a.jsonl", [{"prompt": "a"}])
     assert prm_train.main([ASSETS, data, str(tmp_path / "out")]) == 2
     assert "a.jsonl:1 has no completions, labels" in capsys.readouterr().err
+    assert prm_train.main([str(tmp_path / "nowhere"), data, str(tmp_path / "out")]) == 2
+    assert f"error: BASE: {tmp_path / 'nowhere'} cannot be loaded: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--epochs", "--batch-sequences", "--token-budget"])
+def test_counts_below_one_are_refused_by_name(option, tmp_path, capsys):
+    data = write(tmp_path / "a.jsonl", [ROW])
+    assert prm_train.main([ASSETS, data, str(tmp_path / "out"), option, "0"]) == 2
+    assert f"error: {option} 0: expected at least 1" in capsys.readouterr().err

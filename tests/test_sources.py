@@ -77,6 +77,15 @@ def test_columns_are_found_by_convention(kind, raw, prompt, answer, tmp_path):
     assert row["task"] == {"jsonl": "jsonl", "parquet": "a"}[kind]
 
 
+def test_a_row_of_reasoning_gym_keeps_its_generator_as_the_task(tmp_path):
+    native = {"question": "1 + 1?", "answer": "2", "metadata": {"source_dataset": "chain_sum", "expression": "1 + 1"}}
+    rows = [native, {**native, "task": "mine"}, {**native, "data_source": "theirs"}, {**native, "metadata": {"a": 1}}]
+    read_ = read(jsonl(tmp_path / "a.jsonl", rows))
+    assert [row["task"] for row in read_] == ["chain_sum", "mine", "theirs", "jsonl"]
+    assert read_[0]["entry"]["metadata"] == native["metadata"]
+    assert [row["entry"]["metadata"]["source_dataset"] for row in read_] == ["chain_sum", "mine", "theirs", "jsonl"]
+
+
 def test_columns_are_named_by_the_configuration(tmp_path):
     raw = {"Problem": "1 + 1?", "gold": {"final": ["2"]}, "prompt": "not this", "answer": "nor this"}
     (row,) = read(jsonl(tmp_path / "a.jsonl", [raw]), prompt_column="Problem", answer_column="gold.final")

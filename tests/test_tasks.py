@@ -5,7 +5,7 @@ from random import Random
 
 import pytest
 
-from scope_fast.tasks import STYLES, TASKS, dataset, entries, extract_answer, get_task, score, slipping
+from scope_fast.tasks import STYLES, TASKS, check_name, dataset, entries, extract_answer, get_task, score, slipping
 
 NAMES = sorted(TASKS)
 CHAIN = {"answer": "15", "metadata": {"source_dataset": "chain_sum", "expression": "12 + 7 - 4"}}
@@ -164,3 +164,50 @@ def test_an_unknown_task_is_named():
         ValueError, match="task 'algebra' is not embedded; known: chain_sum, chain_sum_long, chain_sum_short"
     ):
         get_task("algebra")
+    for ask in (check_name, lambda name: dataset(name, 0)):
+        with pytest.raises(ValueError, match=r"'algebra' is not embedded, nor a generator .*embedded: chain_sum, "):
+            ask("algebra")
+    with pytest.raises(ValueError, match="did you mean basic_arithmetic"):
+        check_name("basic_arithmetics")
+    check_name("chain_sum_long")
+    check_name("basic_arithmetic")
+
+
+@pytest.mark.parametrize("name", ["gcd", "basic_arithmetic", "puzzle24"])
+def test_any_generator_is_scored_by_reasoning_gym(name):
+    data = dataset(name, 3)
+    seen = set()
+    for i in range(20):
+        entry = data[i]
+        assert score(f"so\nAnswer: {entry['answer']}", entry) == (1.0, entry["answer"])
+        assert score(f"Answer: 0\nAnswer: {entry['answer']}\nSure.", entry) == (1.0, entry["answer"])
+        assert score(f"Answer: so {entry['answer']} or so", entry)[0] == 0.0  # the gym gives a part of its score
+        assert score(entry["answer"], entry) == (0.0, None)
+        seen.add(entry["answer"])
+    assert len(seen) > 3
+    if name == "puzzle24":  # more than one answer is right: this one's is not compared letter by letter
+        swapped = {
+            "question": "",
+            "answer": "(1 + 2 + 3) * 4",
+            "metadata": {**entry["metadata"], "numbers": [1, 2, 3, 4]},
+        }
+        assert score("Answer: 1 * 2 * 3 * 4", swapped) == (1.0, "1 * 2 * 3 * 4")
+
+
+def test_an_answer_of_several_lines_is_read_to_the_end():
+    entry = dataset("rotate_matrix", 0)[0]
+    assert "\n" in entry["answer"]
+    for text in (f"Answer: {entry['answer']}\n", f"Answer:\n{entry['answer']}"):
+        assert score(text, entry) == (1.0, entry["answer"])
+    assert score(f"Answer: {entry['answer']}\n9 9 9", entry)[0] == 0.0
+
+
+def test_a_row_that_only_bears_a_generator_s_name_is_compared_letter_by_letter():
+    entry = {"answer": "8", "metadata": {"source_dataset": "gcd"}}  # from a file gcd.parquet, say
+    assert score("Answer: 8", entry) == (1.0, "8") and score("Answer: 8.0", entry) == (0.0, "8.0")
+
+
+@pytest.mark.parametrize(("name", "message"), [("composite", "at least one dataset"), ("word_ladder", "too large")])
+def test_a_generator_that_makes_nothing_is_named(name, message):
+    with pytest.raises(ValueError, match=f"task '{name}': reasoning-gym makes no 100000 entries of it: .*{message}"):
+        dataset(name, 0)

@@ -2,11 +2,15 @@
 
 import threading
 import time
+from contextlib import ExitStack
 
 import pytest
-from factories import byte_level, prompt, sentencepiece
+import tiny_models
+import torch
+from factories import byte_level, configured, prompt, sentencepiece
 
 from scope_fast import config as cfg
+from scope_fast import train
 from scope_fast.rollout.base import Rollout
 from scope_fast.tasks import TASKS
 from scope_fast.teacher import ModelTeacher, Reply, Request, SolverTeacher, TeacherError, ask, check_shared_tokenizer
@@ -47,6 +51,7 @@ def raise_(error):
         (lambda requests: [None, None], "a NoneType instead of a reply"),
         (lambda requests: ["text", "text"], "a str instead of a reply"),
         (lambda requests: [Reply(""), Reply(" \n")], "empty reply"),
+        (lambda requests: [Reply("a \ud83d"), Reply("\ude00")], "the reply holds half a character"),
     ],
 )
 def test_every_failure_becomes_an_error_with_its_message(action, message):
@@ -208,3 +213,64 @@ def test_token_ids_are_passed_on_only_between_like_tokenizers():
     check_shared_tokenizer(byte_level(), byte_level(), "teacher.path")
     with pytest.raises(ValueError, match=r"teacher\.path: its tokenizer differs from the student's"):
         check_shared_tokenizer(byte_level(), sentencepiece(), "teacher.path")
+
+
+@pytest.fixture
+def teacher_folder(tmp_path):
+    """A tiny random model of the student's tokenizer, saved; (folder, model)."""
+    model, tokenizer = tiny_models.make(), byte_level()
+    for settings in (model.config, model.generation_config):
+        settings.eos_token_id, settings.bos_token_id = tokenizer.eos_token_id, None
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    return str(tmp_path), model
+
+
+@torch.no_grad()
+def greedy(model, ids, count, eos):
+    out = list(ids)
+    while len(out) < len(ids) + count and out[-1] != eos:
+        out.append(model(torch.tensor([out])).logits[0, -1].argmax().item())
+    return out[len(ids) :]
+
+
+def test_a_model_goes_on_from_the_student_s_tokens(teacher_folder):
+    """`train.make_teacher` with a real engine: the reply is the model's own greedy continuation."""
+    folder, model = teacher_folder
+    config = configured(**{"teacher.kind": "model", "teacher.path": folder, "teacher.max_tokens": 12})
+    tokenizer = byte_level()
+    prefixes = ["12 + 7 = 19\n", "12 + 7 ="]
+    asked = [request(prefix, tokenizer.encode(prefix)) for prefix in prefixes]
+    with ExitStack() as stack:
+        replies = train.make_teacher(config, folder, tokenizer, stack).complete(asked)
+    for one, reply in zip(asked, replies, strict=True):
+        truth = greedy(model, [*one.prompt.ids, *one.prefix_ids], 12, tokenizer.eos_token_id)
+        ended = truth[-1] == tokenizer.eos_token_id
+        assert reply == Reply(tokenizer.decode(truth, skip_special_tokens=True), ended)
+    assert replies[0].text != replies[1].text
+
+
+def test_a_model_of_another_tokenizer_or_none_is_refused(tmp_path):
+    sentencepiece().save_pretrained(tmp_path)
+    for path, message in ((tmp_path, "its tokenizer differs from the student's"), (tmp_path / "no", ".*no cannot be")):
+        config = configured(**{"teacher.kind": "model", "teacher.path": path})
+        with pytest.raises(ValueError, match=rf"teacher\.path: {message}"), ExitStack() as stack:
+            train.make_teacher(config, str(path), byte_level(), stack)
+
+
+def test_a_teacher_s_engine_is_told_what_it_may_use(teacher_folder, monkeypatch):
+    folder, _ = teacher_folder
+    seen = []
+
+    class Engine:
+        def close(self):
+            pass
+
+    monkeypatch.setattr(train, "make_engine", lambda kind, path, options: seen.append((kind, options)) or Engine())
+    settings = {"rollout.kv_cache_gib": 0.5, "rollout.num_threads": 1, "teacher.gpu_memory_utilization": 0.15}
+    config = configured(**{"teacher.kind": "model", "teacher.engine": "vllm", **settings})
+    with ExitStack() as stack:
+        train.make_teacher(config, folder, byte_level(), stack)
+    ((kind, options),) = seen
+    assert (kind, options.kv_cache_bytes, options.num_threads) == ("vllm", 1 << 29, 1)
+    assert options.gpu_memory_utilization == 0.15 and options.max_model_len == config.rollout.context

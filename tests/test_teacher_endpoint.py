@@ -1,6 +1,7 @@
 """A teacher behind HTTP: every failure is retried or counted, the key stays where it is, and a real vLLM server goes on
 from the student's tokens and from a prefix text alike."""
 
+import asyncio
 import json
 import logging
 import os
@@ -19,7 +20,7 @@ import pytest
 import tiny_models
 import tiny_prms
 import torch
-from factories import byte_level, prompt
+from factories import byte_level, prompt, sentencepiece
 
 from scope_fast import config as cfg
 from scope_fast import train
@@ -40,7 +41,8 @@ def completion(text="so 2", finish_reason="stop", tokens=7):
 
 
 class Server(ThreadingHTTPServer):
-    """Answers `behave(body, attempt)`, attempt counting the requests of one prompt: (status, text), or None to hang."""
+    """Answers `behave(body, attempt)`, attempt counting the requests of one prompt: (status, text), (status, text,
+    headers), or None to hang. most: requests in hand at one time."""
 
     daemon_threads = True
     request_queue_size = 256
@@ -48,6 +50,8 @@ class Server(ThreadingHTTPServer):
     def __init__(self, behave):
         self.behave, self.attempts, self.seen, self.headers = behave, Counter(), [], []
         self.lock, self.released = threading.Lock(), threading.Event()
+        self.in_hand = self.most = 0
+        self.times = []
         super().__init__(("127.0.0.1", 0), Handler)
 
     @property
@@ -63,13 +67,20 @@ class Handler(BaseHTTPRequestHandler):
             self.server.seen.append((self.path, body))
             self.server.headers.append(dict(self.headers))
             self.server.attempts[what] += 1
+            self.server.times.append(time.monotonic())
+            self.server.in_hand += 1
+            self.server.most = max(self.server.most, self.server.in_hand)
             attempt = self.server.attempts[what]
         reply = self.server.behave(body, attempt)
+        with self.server.lock:
+            self.server.in_hand -= 1
         if reply is None:
             self.server.released.wait(30)
             return
-        status, text = reply
+        status, text, headers = (*reply, {})[:3]
         self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
         self.send_header("Content-Length", str(len(text.encode())))
         self.end_headers()
         self.wfile.write(text.encode())
@@ -92,7 +103,7 @@ def serving(behave):
 
 
 def teacher(url, tokenizer="student", timeout_s=60.0, temperature=0.0, max_tokens=16, **endpoint):
-    settings = {"request_timeout_s": 1.0, "backoff_s": 0.01, "key_variable": "TEST_TEACHER_KEY", **endpoint}
+    settings = {"request_timeout_s": 30.0, "backoff_s": 0.01, "key_variable": "TEST_TEACHER_KEY", **endpoint}
     server = cfg.Endpoint(url=url, model="m", tokenizer=tokenizer, **settings)
     config = cfg.Teacher(
         kind="endpoint", endpoint=server, timeout_s=timeout_s, temperature=temperature, max_tokens=max_tokens
@@ -119,7 +130,7 @@ def test_of_200_requests_a_fifth_failing_in_five_ways_none_is_lost(lasting, monk
     monkeypatch.setenv("TEST_TEACHER_KEY", KEY)
     caplog.set_level(logging.DEBUG)
     with serving(lambda body, attempt: failing(body, attempt, lasting)) as server:
-        made = teacher(server.url, retries=2, cache=str(tmp_path / "cache"))
+        made = teacher(server.url, retries=2, request_timeout_s=3.0, cache=str(tmp_path / "cache"))
         replies = ask(made, requests_(200), 60.0)
         counts = counts_of(made)
         sent = len(server.seen)
@@ -160,6 +171,170 @@ def test_finished_replies_come_from_the_cache_and_nothing_else_is_kept(tmp_path)
         file.write_text('{"te')
         damaged = again.complete(requests_(1))[0]
     assert damaged.category == "cache" and "is damaged" in str(damaged)
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xff\xfe", b"[1]", b'"text"', b"{}", b'{"text": null}', b'{"text": 3}', b'{"text": " "}']
+)
+def test_a_damaged_cache_costs_its_own_request_and_not_the_others(content, tmp_path):
+    with serving(lambda body, attempt: (200, json.dumps(completion("whole")))) as server:
+        made = teacher(server.url, cache=str(tmp_path))
+        made.complete(requests_(1))
+        (file,) = tmp_path.rglob("*.json")
+        file.write_bytes(content)
+        made.take_counts()
+        damaged, whole = made.complete(requests_(2))
+    assert damaged.category == "cache" and f"{file} is damaged" in str(damaged) and whole == Reply("whole")
+    assert made.take_counts() == {"teacher/error/cache": 1, "teacher/finished": 1, "teacher/requests": 1}
+
+
+def test_a_reply_that_cannot_be_stored_is_not_lost(tmp_path, capsys):
+    (tmp_path / "cache").write_text("a file, where the folder should be")
+    with serving(lambda body, attempt: (200, json.dumps(completion()))) as server:
+        made = teacher(server.url, cache=str(tmp_path / "cache" / "replies"))
+        assert made.complete(requests_(3)) == [Reply("so 2")] * 3
+    assert made.take_counts() == {"teacher/cache_failed": 3, "teacher/finished": 3, "teacher/requests": 3}
+    assert capsys.readouterr().err.count("teacher.endpoint.cache: replies are not stored: ") == 1
+
+
+def test_a_body_that_does_not_decode_is_asked_for_again():
+    """httpx: a DecodingError, which is no TransportError."""
+
+    def behave(body, attempt):
+        broken = {"Content-Encoding": "gzip"} if body["prompt"][1] == 0 and attempt == 1 else {}
+        return 200, json.dumps(completion()), broken
+
+    with serving(behave) as server:
+        made = teacher(server.url)
+        assert made.complete(requests_(3)) == [Reply("so 2")] * 3
+    counts = made.take_counts()
+    assert (counts["teacher/fault/connection"], counts["teacher/retries"], counts["teacher/requests"]) == (1, 1, 4)
+    broken = (200, "{}", {"Content-Encoding": "gzip"})
+    refused = pytest.raises(ValueError, match=r"teacher\.endpoint: .*: DecodingError")
+    with serving(lambda body, attempt: broken) as server, refused:
+        teacher(server.url).check()
+
+
+def test_what_nobody_foresaw_in_one_request_is_that_request_s_error(monkeypatch):
+    monkeypatch.setenv("TEST_TEACHER_KEY", KEY)
+    with serving(lambda body, attempt: (200, json.dumps(completion(f"reply {body['prompt'][1]}")))) as server:
+        made = teacher(server.url)
+        read = made._read
+
+        def fragile(text):
+            if "reply 1" in text:
+                raise RuntimeError(f"no {KEY}")
+            return read(text)
+
+        made._read = fragile
+        first, error, last = made.complete(requests_(3))
+    assert (first, last) == (Reply("reply 0"), Reply("reply 2"))
+    assert isinstance(error, TeacherError) and error.category == "unexpected"
+    assert str(error) == "RuntimeError: no ***"
+    expected = {"teacher/error/unexpected": 1, "teacher/fault/unexpected": 1}
+    assert made.take_counts() == {**expected, "teacher/finished": 2, "teacher/requests": 3}
+
+
+def test_a_cancellation_is_no_failure(monkeypatch):
+    made = teacher("http://127.0.0.1:9/v1")
+
+    async def cancelled(*arguments):
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr(made, "_post", cancelled)
+    with pytest.raises(asyncio.CancelledError):
+        made.complete(requests_(2))
+
+
+@pytest.mark.parametrize("usage", ["none", None, [], 3, {}, {"total_tokens": "7"}, {"total_tokens": None}])
+def test_a_reply_without_a_count_of_tokens_is_a_reply(usage):
+    answer = {"choices": completion()["choices"]} | ({} if usage == "none" else {"usage": usage})
+    with serving(lambda body, attempt: (200, json.dumps(answer))) as server:
+        made = teacher(server.url, max_total_tokens=5)
+        assert made.complete(requests_(2)) == [Reply("so 2")] * 2
+    assert made.take_counts() == {"teacher/finished": 2, "teacher/no_usage": 2, "teacher/requests": 2}
+
+
+@pytest.mark.parametrize("text", ["", " \n", None])
+@pytest.mark.parametrize("tokenizer", ["student", None])
+def test_a_reply_without_text_is_empty(text, tokenizer):
+    choice = {"text": text, "message": {"content": text}, "finish_reason": "stop"}
+    with serving(lambda body, attempt: (200, json.dumps({"choices": [choice]}))) as server:
+        made = teacher(server.url, tokenizer=tokenizer)
+        (error,) = made.complete(requests_(1))
+    assert isinstance(error, TeacherError) and error.category == "empty"
+    assert made.take_counts() == {"teacher/error/empty": 1, "teacher/fault/empty": 1, "teacher/requests": 1}
+
+
+def test_the_server_says_how_long_to_wait():
+    def behave(body, attempt):
+        return (429, "busy", {"Retry-After": "1"}) if attempt == 1 else (200, json.dumps(completion()))
+
+    with serving(behave) as server:
+        assert teacher(server.url, backoff_s=0.001).complete(requests_(1)) == [Reply("so 2")]
+        first, second = server.times
+    assert second - first >= 1.0
+
+
+def test_a_wait_beyond_the_step_s_time_is_not_begun():
+    with serving(lambda body, attempt: (429, "busy", {"Retry-After": "100"})) as server:
+        start = time.monotonic()
+        (error,) = teacher(server.url).complete(requests_(1))
+        assert time.monotonic() - start < 30 and len(server.seen) == 1
+    assert error.category == "rate_limit"
+
+
+def test_as_many_requests_are_in_flight_as_concurrency_and_no_more():
+    three = threading.Barrier(3)
+
+    def behave(body, attempt):
+        three.wait(20)  # with fewer in flight it breaks, and the request with it
+        time.sleep(0.05)  # time for one too many to come
+        return 200, json.dumps(completion())
+
+    with serving(behave) as server:
+        made = teacher(server.url, concurrency=3)
+        assert made.complete(requests_(12)) == [Reply("so 2")] * 12
+        assert server.most == 3
+
+
+@pytest.mark.parametrize(
+    ("prefix", "text", "expected"),
+    [
+        ("1 + 1 = 2\n", "\nso 2", "so 2"),  # the template stripped the line's end, and the model wrote it again
+        ("1 + 1 = 2\n\n", "\n\nso 2", "so 2"),
+        ("1 + 1 = 2\n", "\n\nso 2", "\nso 2"),
+        ("1 + 1 = 2\n\n", "\nso 2", "\nso 2"),  # not what the prefix ended with: left as it is
+        ("1 + 1 = 2\n", "so 2", "so 2"),
+        ("1 + 1 =", " 2", " 2"),
+    ],
+)
+def test_white_space_at_the_prefix_s_end_is_not_there_twice(prefix, text, expected, tmp_path):
+    def behave(body, attempt):
+        choice = {"text": text, "message": {"content": text}, "finish_reason": "stop"}
+        return 200, json.dumps({"choices": [choice]})
+
+    with serving(behave) as server:
+        asked = [Request(prompt(), [70], prefix)]
+        chat = teacher(server.url, tokenizer=None, cache=str(tmp_path))
+        assert chat.complete(asked) == [Reply(expected)]
+        assert chat.complete(asked) == [Reply(expected)] and chat.counts["cached"] == 1
+        assert teacher(server.url).complete(asked) == [Reply(text)]  # of token ids nothing is stripped
+
+
+def test_the_served_model_s_tokenizer_decides_the_route(tmp_path, capsys):
+    for name, tokenizer in {"same": byte_level(), "other": sentencepiece()}.items():
+        tokenizer.save_pretrained(tmp_path / name)
+    same, other = (teacher("http://x/v1", tokenizer=str(tmp_path / name)) for name in ("same", "other"))
+    assert same.sends_tokens and same._route == "completions"
+    assert not other.sends_tokens and other._route == "chat/completions"
+    said = "teacher: the endpoint gets {}\n"
+    assert capsys.readouterr().out == said.format("the student's token ids") + said.format("messages and text prefixes")
+
+
+def test_a_tokenizer_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"teacher\.endpoint\.tokenizer: .*nowhere cannot be loaded: "):
+        teacher("http://x/v1", tokenizer=str(tmp_path / "nowhere"))
 
 
 def test_the_server_s_own_words_are_passed_on_without_the_key(monkeypatch):

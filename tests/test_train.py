@@ -143,7 +143,7 @@ def test_the_synced_engine_is_the_exported_model_bit_for_bit(tied, tmp_path):
         (["nowhere.yaml"], "no configuration file nowhere.yaml; presets: "),
         (["--steps"], "--steps needs a value"),
         (["--steps", "3", "extra"], "unexpected argument 'extra'"),
-        (["--data.tasks", "[chain_sums]"], "task 'chain_sums' is not embedded; known: chain_sum, leg_counting"),
+        (["--data.tasks", "[chain_sums]"], "'chain_sums' is not embedded, nor a generator of reasoning-gym; did you"),
     ],
 )
 def test_bad_command_lines_end_with_a_message(arguments, message, capsys):
@@ -171,6 +171,22 @@ def test_a_start_that_cannot_be_ends_with_a_message(tmp_path):
     (tmp_path / "data.jsonl").write_text('{"prompt": "1 + 1", "answer": "2"}\n{"prompt": "2 + 2"}\n')
     result = run("--data.path", str(tmp_path / "data.jsonl"), "--out", str(tmp_path / "run"), "--prm.kind", "exact")
     assert result.returncode == 2 and "data.jsonl:2" in result.stdout and "Traceback" not in result.stderr
+
+
+def test_an_unknown_model_ends_with_a_message(tmp_path, capsys):
+    nowhere = str(tmp_path / "nowhere")
+    assert train.main(["--model.path", nowhere, "--out", str(tmp_path / "run")]) == 2
+    assert f"error: model.path: {nowhere} cannot be loaded: " in capsys.readouterr().out
+
+
+def test_a_run_on_a_generator_that_is_not_embedded(tmp_path):
+    """Any of reasoning-gym's, with models that are named: there is no working to make tiny ones from."""
+    models = ["--model.path", "scope_fast/assets/student", "--prm.path", "scope_fast/assets/prm", "--method", "grpo"]
+    tasks = ["--data.tasks", "[gcd]", "--rollout.engine", "transformers", "--steps", "1", "--rollout.max_tokens", "16"]
+    assert train.main([*models, *tasks, "--out", str(tmp_path), *SMALL]) == 0
+    records = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
+    assert len(records) == 64 and {r["task"] for r in records} == {"gcd"} and {r["reward"] for r in records} <= {0, 1}
+    assert train.main(["--data.tasks", "[gcd]", "--out", str(tmp_path / "other"), *SMALL]) == 2
 
 
 def test_dry_run_prints_the_resolved_configuration_and_the_plan(tmp_path):

@@ -226,6 +226,33 @@ def test_a_batch_without_segments_or_with_others_is_refused():
         ours.mixed_loss(config, {"log_probs": output["log_probs"]}, data, nll_shape="entropy")
 
 
+def test_a_row_that_is_too_short_for_its_response_is_refused():
+    config = actor()
+    short = [list(row) for row in SEGMENTS]
+    short[2] = short[2][:3]  # of 5 tokens, the last of them masked out
+    for form in ("nested", "extra_fields"):
+        data, output, _, _ = mixed_batch(short, form=form)
+        with pytest.raises(ValueError, match="scope_segment: row 2 is shorter than its response"):
+            ours.mixed_loss(config, output, data)
+    data, output, _, _ = mixed_batch(SEGMENTS, form="none")
+    data["scope_segment"] = torch.ones(3, 2, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="scope_segment: row 0 is shorter than its response"):
+        ours.mixed_loss(config, output, data)
+    short[2] = list(SEGMENTS[2][:4])  # a token that is masked out needs none
+    data, output, _, _ = mixed_batch(short)
+    assert torch.isfinite(ours.mixed_loss(config, output, data)[0])
+
+
+@pytest.mark.parametrize("value", [-1, 3, 257, 1.5])
+@pytest.mark.parametrize("form", ["padded", "extra_fields"])
+def test_a_value_that_is_no_segment_is_refused(form, value):
+    wrong = [list(row) for row in SEGMENTS]
+    wrong[1][0] = value
+    data, output, _, _ = mixed_batch(wrong, form=form)
+    with pytest.raises(ValueError, match="scope_segment: row 1 holds a value that is no Segment"):
+        ours.mixed_loss(actor(), output, data)
+
+
 def test_the_workers_get_the_loss_as_verl_hands_it_on():
     """verl pickles the function to its Ray workers and calls it with keywords."""
     import cloudpickle

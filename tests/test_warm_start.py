@@ -143,3 +143,11 @@ def test_styles_that_change_nothing_leave_the_models_keys():
     plain, styled = cfg.load(), cfg.load(None, [("warm_start.prm_styles", "[worded]")])
     assert warm_start._key(plain, "prm") != warm_start._key(styled, "prm")
     assert warm_start._key(plain, "student") == warm_start._key(styled, "student")
+
+
+@pytest.mark.parametrize(("role", "key"), [("student", "model"), ("prm", "prm"), ("teacher", "teacher")])
+def test_a_task_without_working_teaches_nobody(role, key, tmp_path):
+    config = cfg.load(None, [("data.tasks", "[chain_sum, gcd]"), ("cache", str(tmp_path))])
+    with pytest.raises(ValueError, match=rf"{key}\.path: the tiny {role} .* which task 'gcd' of data\.tasks has not"):
+        warm_start.ensure(config, role, QUIET)
+    assert not list(tmp_path.iterdir())

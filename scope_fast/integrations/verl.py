@@ -119,7 +119,8 @@ def mixed_loss(
 ) -> tuple[Tensor, dict[str, Any]]:
     """verl's ppo_loss on the student's tokens of a micro-batch, plus nll_coef * NLL on the teacher's.
 
-    Raises KeyError for a batch without "scope_segment", ValueError where it has another shape than the responses.
+    Raises KeyError for a batch without "scope_segment", ValueError where it has another shape than the responses, or a
+    row that is too short or holds anything but segments.
     """
     mask = _padded(data["response_mask"]).bool()
     segment = _segments(data, mask)
@@ -165,13 +166,25 @@ def _segments(data: Any, mask: Tensor) -> Tensor:
     else:
         raise KeyError('the batch has no "scope_segment": one Segment per response token; without repairs use ppo_loss')
     if not isinstance(found, Tensor):
-        rows = [torch.tensor(list(row), dtype=torch.uint8) for row in found]
-        found = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    found = _padded(found).to(mask.device, torch.uint8)
-    found = torch.nn.functional.pad(found, (0, max(0, mask.shape[1] - found.shape[1])))
+        rows = [torch.tensor(list(row), dtype=torch.float64) for row in found]
+        found = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=torch.nan)
+    found = found.to(mask.device, torch.float64)  # NaN: no segment there
+    found = torch.nested.to_padded_tensor(found, torch.nan) if found.is_nested else found
+    found = torch.nn.functional.pad(found, (0, max(0, mask.shape[1] - found.shape[1])), value=torch.nan)
     if found.shape != mask.shape:
         raise ValueError(f"scope_segment {tuple(found.shape)}: expected {tuple(mask.shape)}, like response_mask")
-    return found
+    _check_segments(found, mask)
+    return found.nan_to_num(0).to(torch.uint8)
+
+
+def _check_segments(found: Tensor, mask: Tensor) -> None:
+    """ValueError naming the row: cast to bytes, a wrong value would be another segment or none, without a word."""
+    absent = found.isnan()
+    for row in (absent & mask).any(1).nonzero().flatten().tolist():
+        raise ValueError(f"scope_segment: row {row} is shorter than its response, whose tokens each need a Segment")
+    known = torch.tensor(list(map(float, Segment)), dtype=found.dtype, device=found.device)
+    for row in (~absent & ~torch.isin(found, known)).any(1).nonzero().flatten().tolist():
+        raise ValueError(f"scope_segment: row {row} holds a value that is no Segment (0, 1 or 2)")
 
 
 def fused_head(

@@ -37,7 +37,8 @@ class TokenClassifierScorer:
     """A Hugging Face token classifier read at each step's last token, through `step_pool`: the head sees nothing else.
 
     model: a ...ForTokenClassification of two labels, label 1 = right, that shares the student's tokenizer.
-    Responses are packed without padding into passes of at most `token_budget` tokens.
+    Responses are packed without padding into passes of at most `token_budget` tokens. One that is too long for the
+    model gets no probability: the trainer counts it as prm/invalid.
     """
 
     def __init__(self, model: torch.nn.Module, token_budget: int) -> None:
@@ -46,6 +47,7 @@ class TokenClassifierScorer:
         if type(getattr(model, "score", None)) is not torch.nn.Linear:
             raise ValueError(f"prm.path: {type(model).__name__} has no linear `score` head")
         self._body, self._budget = model.base_model.eval(), token_budget
+        self._context = model.config.max_position_embeddings
         self._head = PrmHead(
             model.score.weight.detach(), None if model.score.bias is None else model.score.bias.detach()
         )
@@ -57,7 +59,12 @@ class TokenClassifierScorer:
         for t in trajectories:
             ids = [*t.prompt.ids, *t.token_ids[: t.steps[-1][1]]]
             sequences.append(Encoded(ids, [len(t.prompt.ids) + end - 1 for _, end in t.steps]))
-        return packed_scores(self._body, self._head, sequences, self._budget)
+        fits = [i for i, sequence in enumerate(sequences) if len(sequence.ids) <= self._context]
+        probs: list[list[float]] = [[] for _ in sequences]
+        scored = packed_scores(self._body, self._head, [sequences[i] for i in fits], self._budget) if fits else []
+        for i, values in zip(fits, scored, strict=True):
+            probs[i] = values
+        return probs
 
 
 @torch.inference_mode()

@@ -5,7 +5,8 @@
 BASE is a Hugging Face folder or hub name of a language model (the student, so that token ids can be passed on), DATA
 rows as TRL's PRMTrainer reads them: "prompt" (text or chat messages), "completions" (the steps, a list of text) and
 "labels" (a list of bool, one a step); JSONL, or with the extra "data" whatever `datasets` reads. A label stands at the
-last token of its step, the line break included, where `prm.kind: token_classifier` reads OUT.
+last token of its step, the separator behind it included, where `prm.kind: token_classifier` reads OUT; --step-separator
+must be the run's scope.step_separator.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from scope_fast.batch import bins
 from scope_fast.config import Data
 from scope_fast.data import encode_prompt
+from scope_fast.loading import loading
 from scope_fast.prm.formats import Encoded
 from scope_fast.sources import open_rows
 
@@ -37,7 +39,7 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class Settings:
-    """Of the training; the defaults are our choice."""
+    """Of the training; the defaults are our choice. ValueError naming the option for a count below 1."""
 
     epochs: int = 1
     lr: float = 1e-5
@@ -45,6 +47,14 @@ class Settings:
     token_budget: int = 4096
     heldout: float = 0.05
     seed: int = 0
+    step_separator: str = "\n"
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_sequences", "token_budget"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least 1")
+        if not self.step_separator:
+            raise ValueError("--step-separator is empty: expected the text between two steps")
 
 
 def row_logits(model: nn.Module, sequences: Sequence[Encoded]) -> Tensor:
@@ -64,14 +74,15 @@ def row_logits(model: nn.Module, sequences: Sequence[Encoded]) -> Tensor:
     return model.score(hidden[torch.tensor(where, device=device)])
 
 
-def read_examples(path: str, tokenizer, longest: int) -> tuple[list[Example], int]:
-    """The examples of a file and how many were passed over for being longer than `longest` tokens.
+def read_examples(path: str, tokenizer, longest: int, separator: str = "\n") -> tuple[list[Example], int]:
+    """The examples of a file, `separator` between their steps, and how many were passed over for being longer than
+    `longest` tokens.
 
     Raises ValueError naming file and row for one whose columns are not those of TRL's PRMTrainer.
     """
     examples, too_long = [], 0
     for _, where, row in open_rows(Data(path=path))[2]:
-        example = _example(row, where, tokenizer)
+        example = _example(row, where, tokenizer, separator)
         if len(example.encoded.ids) > longest:
             too_long += 1
         else:
@@ -79,7 +90,7 @@ def read_examples(path: str, tokenizer, longest: int) -> tuple[list[Example], in
     return examples, too_long
 
 
-def _example(row: Any, where: str, tokenizer) -> Example:
+def _example(row: Any, where: str, tokenizer, separator: str) -> Example:
     missing = [name for name in ("prompt", "completions", "labels") if not isinstance(row, dict) or not row.get(name)]
     if missing:
         raise ValueError(f"{where} has no {', '.join(missing)}: expected prompt, completions and labels")
@@ -91,7 +102,7 @@ def _example(row: Any, where: str, tokenizer) -> Example:
     ids = encode_prompt(tokenizer, row["prompt"])
     rows = []
     for i, step in enumerate(steps):
-        end = "\n" if i + 1 < len(steps) else ""
+        end = separator if i + 1 < len(steps) else ""
         ids += tokenizer.encode(step.strip() + end, add_special_tokens=False)
         rows.append(len(ids) - 1)
     return Example(Encoded(ids, rows), [int(label) for label in labels])
@@ -149,10 +160,12 @@ def train(base: str, data: str, out: Path, settings: Settings) -> None:
     from transformers import AutoModelForTokenClassification, AutoTokenizer
 
     torch.manual_seed(settings.seed)
-    tokenizer = AutoTokenizer.from_pretrained(base)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = AutoModelForTokenClassification.from_pretrained(base, num_labels=2, dtype=torch.float32).to(device)
-    examples, too_long = read_examples(data, tokenizer, model.config.max_position_embeddings)
+    with loading("BASE", base):
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        model = AutoModelForTokenClassification.from_pretrained(base, num_labels=2, dtype=torch.float32).to(device)
+    longest = model.config.max_position_embeddings
+    examples, too_long = read_examples(data, tokenizer, longest, settings.step_separator)
     Random(settings.seed).shuffle(examples)
     held = examples[: int(settings.heldout * len(examples))]
     rest = examples[len(held) :]
@@ -169,6 +182,11 @@ def train(base: str, data: str, out: Path, settings: Settings) -> None:
     tokenizer.save_pretrained(out)
 
 
+def _unescaped(text: str) -> str:
+    """A separator as one writes it in a shell: \\n for a line break, \\t for a tab."""
+    return text.replace("\\n", "\n").replace("\\t", "\t")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m scope_fast.prm.train", description=__doc__.split("\n\n")[0])
     parser.add_argument("base")
@@ -177,7 +195,8 @@ def main(argv: list[str] | None = None) -> int:
     defaults = Settings()
     for name in Settings.__dataclass_fields__:
         value = getattr(defaults, name)
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value, help=f"default {value}")
+        kind, option = (_unescaped if name == "step_separator" else type(value)), f"--{name.replace('_', '-')}"
+        parser.add_argument(option, type=kind, default=value, help=f"default {value!r}")
     arguments = vars(parser.parse_args(argv))
     base, data, out = (arguments.pop(name) for name in ("base", "data", "out"))
     try:

@@ -17,9 +17,19 @@ from scope_fast.rollout import vllm_engine
 
 
 class VllmStepScorer(TextScorer):
-    """Qwen2.5-Math-PRM in vLLM's STEP pooling, in this process. Close it."""
+    """Qwen2.5-Math-PRM in vLLM's STEP pooling, in this process. Close it.
 
-    def __init__(self, student, folder: str, dtype: str = "float32", kv_cache_bytes: int = 1 << 30) -> None:
+    kv_cache_bytes: on CPU. gpu_memory_utilization: on a GPU, its share beside the learner and the other engines.
+    """
+
+    def __init__(
+        self,
+        student,
+        folder: str,
+        dtype: str = "float32",
+        kv_cache_bytes: int = 1 << 30,
+        gpu_memory_utilization: float = 0.2,
+    ) -> None:
         from transformers import AutoTokenizer
 
         fmt = QwenFormat(AutoTokenizer.from_pretrained(folder))
@@ -29,8 +39,7 @@ class VllmStepScorer(TextScorer):
 
         pooler = PoolerConfig(tok_pooling_type="STEP", step_tag_id=fmt.separator_id)
         arguments = {"model": folder, "runner": "pooling", "pooler_config": pooler, "dtype": dtype}
-        if current_platform.is_cpu():
-            arguments |= {"enforce_eager": True, "kv_cache_memory_bytes": kv_cache_bytes}
+        arguments |= memory_arguments(current_platform.is_cpu(), kv_cache_bytes, gpu_memory_utilization)
         with vllm_engine._undisturbed_caller():
             group_existed = torch.distributed.is_initialized()
             self._llm = vllm.LLM(**arguments, skip_tokenizer_init=True, use_tqdm_on_load=False)
@@ -48,3 +57,10 @@ class VllmStepScorer(TextScorer):
             self._finalizer()
             self._llm = None
             gc.collect()
+
+
+def memory_arguments(on_cpu: bool, kv_cache_bytes: int, gpu_memory_utilization: float) -> dict[str, Any]:
+    """What vLLM may hold. On a GPU its own default, 0.92 of it, would leave the learner and the sampler nothing."""
+    if on_cpu:
+        return {"enforce_eager": True, "kv_cache_memory_bytes": kv_cache_bytes}
+    return {"gpu_memory_utilization": gpu_memory_utilization}
