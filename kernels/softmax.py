@@ -31,10 +31,7 @@ def row_scale(temperature, segment, at, default):
             value = tl.where(tl.load(segment + at) == 1, default, 1.0)
         return 1.0 / value
     else:
-        value = tl.load(temperature + at)
-        if segment is not None:  # an ignored row's may hold anything
-            value = tl.where(tl.load(segment + at) == 0, 1.0, value)
-        return 1.0 / value
+        return 1.0 / tl.load(temperature + at)
 
 
 @triton.jit

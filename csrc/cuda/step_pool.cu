@@ -1,6 +1,7 @@
 // scope_fast_native::step_pool on CUDA tensors: checks, allocation, and the launch of step_pool.cuh.
 #include "cuda/step_pool.cuh"
 
+#include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 

@@ -1,7 +1,6 @@
 // scope_fast_native::weight_bucket_copy on CUDA tensors: the list of pieces, and the launches of weight_bucket.cuh.
 #include "cuda/weight_bucket.cuh"
 
-#include <ATen/ops/copy.h>
 #include <torch/library.h>
 
 #include <algorithm>
