@@ -26,19 +26,18 @@ from rich.console import Console
 
 from bench import paper_plots, paper_stats
 from bench.environment import environment
+from bench.paper_stats import SPLITS, START
 from scope_fast.config import digest, load
 
 ROOT = Path(__file__).parent.parent
 ARMS = Path(__file__).with_name("paper_arms.yaml")
 BASE = ROOT / "configs" / "paper.yaml"
 RESULTS = Path(__file__).with_name("results") / "paper"
-TASKS = {"id": ("chain_sum_short", "leg_counting_short"), "ood": ("chain_sum_long", "leg_counting_long")}
 QUICK = {
     "steps": 2, "rollout.prompts_per_step": 4, "rollout.group_size": 4, "rollout.max_tokens": 32,
     "rollout.engine": "transformers", "evaluation.prompts": 4, "data.heldout": 16, "checkpoint.every": 2,
     "warm_start.student_steps": 5, "warm_start.batch_sequences": 16,
 }  # fmt: skip
-START = "start"  # the student before any training
 # one thread each: runs side by side would only wait for each other
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
@@ -54,7 +53,7 @@ class Evaluation:
     ks: tuple[int, ...] = (1, 4, 10)
 
     def arguments(self) -> list[str]:
-        tasks = [task for names in TASKS.values() for task in names]
+        tasks = [task for names in SPLITS.values() for task in names]
         return [
             "--task", ",".join(tasks), "--prompts", str(self.problems * len(tasks)), "--samples", str(self.samples),
             "--k", ",".join(map(str, self.ks)), "--temperature", "1.0",
@@ -146,17 +145,16 @@ def carry_out(run: Run, evaluation: Evaluation) -> None:
     )
 
 
-def evaluate_start(run: Run, record: Path, evaluation: Evaluation) -> None:
+def evaluate_start(run: Run, evaluation: Evaluation) -> None:
     """The student every arm starts from, as the arms are evaluated."""
-    result = run.folder.parent / "start.json"
-    overrides = [f"--{key}={value}" for key, value in run.overrides if key.startswith(("warm_start.", "rollout."))]
-    base = yaml.safe_load(BASE.read_text())
-    for section in ("warm_start", "rollout"):
-        overrides = [f"--{section}.{key}={value}" for key, value in base.get(section, {}).items()] + overrides
-    asked = ["tiny", *evaluation.arguments(), "--json", str(result), *overrides]
-    command("scope_fast.evaluate", *asked, log=run.folder.parent / "start.log")
+    config, result = load(str(BASE), run.overrides), run.folder.with_name(f"{START}.json")
+    settings = {"warm_start": config.warm_start, "rollout": config.rollout}
+    overrides = [f"--{name}={json.dumps(section.model_dump())}" for name, section in settings.items()]
+    asked = ["tiny", *evaluation.arguments(), "--json", str(result), f"--cache={config.cache}", *overrides]
+    command("scope_fast.evaluate", *asked, log=run.log)
     benchmarks = json.loads(result.read_text())["benchmarks"]
-    write_record(record, {"arm": START, "environment": environment("cpu"), "evaluations": {0: benchmarks}})
+    record = {"arm": START, "key": run.key, "environment": environment("cpu"), "evaluations": {0: benchmarks}}
+    write_record(run.record, record)
 
 
 def command(module: str, *arguments: str, log: Path) -> None:
@@ -211,7 +209,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     records, out = args.results / "paper", args.out.resolve()
     evaluation = Evaluation(2, 10, (1, 4, 10)) if args.quick else Evaluation()
-    extra = QUICK if args.quick else {}
+    extra = {**QUICK, "cache": str(out / "cache")} if args.quick else {}
+    start = Run(START, 0, extra, out / START, records / f"{START}.json")
+    every = runs_of(args.spec["arms"], list(args.spec["arms"]), None, out, records, extra)
     if args.tune:
         runs = tuning_runs(args.spec, args.arms, out, records, extra)
     else:
@@ -219,15 +219,15 @@ def main(argv: list[str] | None = None) -> int:
     if not args.tables:
         todo = [run for run in runs if not run.is_done()]
         console.print(f"{len(runs) - len(todo)} of {len(runs)} runs have their record", markup=False)
-        if not (records / f"{START}.json").exists():
-            evaluate_start(runs[0], records / f"{START}.json", evaluation)
+        if not start.is_done():
+            evaluate_start(start, evaluation)
         if failed := work_off(todo, args.jobs, evaluation):
             return failed
     if args.tune:
         console.print(paper_stats.tuning_table([json.loads(run.record.read_text()) for run in runs if run.is_done()]))
         return 0
-    found = paper_stats.read(records)
-    summary = paper_stats.summarize(found, TASKS)
+    found = paper_stats.read(run.record for run in (start, *every) if run.is_done())  # none of older settings
+    summary = paper_stats.summarize(found, SPLITS)
     (args.results / "paper_summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     for table in paper_stats.tables(summary):
         console.print(table)

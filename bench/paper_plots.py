@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.paper_stats import Records, last_step
+from bench.paper_stats import SPLITS, START, TITLES, Records, last_step
 
 CURVES = {
     "reward/pass_rate": "pass rate of the rollouts",
@@ -42,13 +42,11 @@ def draw(found: Records, folder: Path) -> list[Path]:
     figure.savefig(curves, dpi=120)
 
     figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.6), constrained_layout=True)
-    pairs = ((("chain_sum_short", "leg_counting_short"), "like the training's"),)
-    pairs += ((("chain_sum_long", "leg_counting_long"), "longer ones"),)
-    for axis, (tasks, label) in zip(axes, pairs, strict=True):
-        for arm in ("start", *arms):
+    for axis, (split, tasks) in zip(axes, SPLITS.items(), strict=True):
+        for arm in (START, *arms):
             if arm in found:
                 axis.plot(*_pass_at_k(found[arm], tasks), marker="o", label=arm)
-        axis.set_title(f"pass@k, held-out problems {label}", fontsize=10)
+        axis.set_title(f"pass@k, held-out problems {TITLES[split]}", fontsize=10)
         axis.set_xlabel("k")
     axes[0].legend(fontsize=8)
     results = folder / "paper_pass_at_k.png"

@@ -26,6 +26,9 @@ METRICS = (
 )  # fmt: skip
 SHARES = ("scope/near_miss_rate",)  # of a run's failures together: seeds are resampled, problems are not
 COMPARED = "scope"
+START = "start"  # the student before any training
+SPLITS = {"id": ("chain_sum_short", "leg_counting_short"), "ood": ("chain_sum_long", "leg_counting_long")}
+TITLES = {"id": "like the training's", "ood": "longer than those"}
 RESAMPLES = 4000
 
 Records = dict[str, dict[int, dict]]  # arm, seed
@@ -38,10 +41,10 @@ def series(rows: list[dict]) -> dict[str, list[float | None]]:
     return {name: values for name, values in found.items() if any(value is not None for value in values)}
 
 
-def read(folder: Path) -> Records:
-    """The records of a folder; the student's before training under "start", seed 0."""
+def read(files: Iterable[Path]) -> Records:
+    """Records by arm and seed; the student's before training has seed 0."""
     found: Records = {}
-    for path in sorted(folder.glob("*.json")):
+    for path in files:
         record = json.loads(path.read_text())
         found.setdefault(record["arm"], {})[record.get("seed", 0)] = record
     return found
@@ -107,7 +110,7 @@ def summarize(found: Records, splits: dict[str, tuple[str, ...]]) -> dict:
         }
     for arm, records in found.items():
         shared = sorted(set(records) & set(found.get(COMPARED, {})))
-        if arm in (COMPARED, "start") or not shared:
+        if arm in (COMPARED, START) or not shared:
             continue
         summary["differences"][arm] = {
             "seeds": shared,
@@ -161,7 +164,7 @@ def _training(records: dict[int, dict]) -> dict:
 def tables(summary: dict) -> list[Table]:
     """Arms down, metrics across: values, then `scope` less each; intervals are of 95 %."""
     made = []
-    for split, title in (("id", "like the training's problems"), ("ood", "longer ones")):
+    for split, title in TITLES.items():
         table = Table(title=f"held-out problems {title}: value [95 % interval]")
         shown = [m for m in (*METRICS[:5], *SHARES) if any(m in arm[split] for arm in summary["arms"].values())]
         table.add_column("arm (seeds)", no_wrap=True)
@@ -199,10 +202,10 @@ def tuning_table(records: list[dict]) -> Table:
         table.add_column(name, no_wrap=True)
     for record in records:
         benchmarks = record["evaluations"][last_step(record)]
-        both = [benchmarks[task]["metrics"] for task in ("chain_sum_short", "leg_counting_short")]
+        both = [benchmarks[task]["metrics"] for task in SPLITS["id"]]
         cells = (fmean(m[name]["value"] for m in both) for name in ("pass@1", "diversity/distinct_4"))
         settings = ", ".join(
-            f"{k.split('.')[-1]} {v}" for k, v in record["settings"].items() if k[:4] in ("lear", "loss")
+            f"{k.split('.')[-1]} {v}" for k, v in record["settings"].items() if k.startswith(("learner.", "loss."))
         )
         table.add_row(record["arm"], settings, *(f"{value:.3f}" for value in cells))
     return table

@@ -57,7 +57,7 @@ def record(arm, seed, **by_task):
 def written(folder, *records):
     for r in records:
         paper.write_record(folder / f"{r['arm']}_seed{r['seed']}.json", r)
-    return paper_stats.read(folder)
+    return paper_stats.read(sorted(folder.glob("*.json")))
 
 
 def test_values_and_differences_by_hand(tmp_path):

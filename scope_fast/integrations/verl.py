@@ -179,11 +179,13 @@ def _segments(data: Any, mask: Tensor) -> Tensor:
 
 def _check_segments(found: Tensor, mask: Tensor) -> None:
     """ValueError naming the row: cast to bytes, a wrong value would be another segment or none, without a word."""
-    absent = found.isnan()
-    for row in (absent & mask).any(1).nonzero().flatten().tolist():
-        raise ValueError(f"scope_segment: row {row} is shorter than its response, whose tokens each need a Segment")
     known = torch.tensor(list(map(float, Segment)), dtype=found.dtype, device=found.device)
-    for row in (~absent & ~torch.isin(found, known)).any(1).nonzero().flatten().tolist():
+    absent = found.isnan()
+    bad = torch.where(absent, mask, ~torch.isin(found, known)).any(1)
+    if bad.any():  # one wait for the device
+        row = int(bad.nonzero()[0])
+        if (absent[row] & mask[row]).any():
+            raise ValueError(f"scope_segment: row {row} is shorter than its response, whose tokens each need a Segment")
         raise ValueError(f"scope_segment: row {row} holds a value that is no Segment (0, 1 or 2)")
 
 
