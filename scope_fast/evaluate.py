@@ -170,7 +170,7 @@ def parse(arguments: list[str]) -> Request:
 
 def locate(name: str, step: int | None = None) -> tuple[Path | None, str | None, Path | None]:
     """(run directory, model folder or hub name, configuration file) of MODEL_OR_RUN; no folder for "tiny", nor for the
-    checkpoint of a step, which is made one when everything else is known to be right."""
+    checkpoint of a step, which `export_step` makes one."""
     path = Path(name)
     if step is not None:
         if not (path / "checkpoints" / f"step_{step}").is_dir():
