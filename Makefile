@@ -6,7 +6,7 @@ CLEAN := env -u PYTHONDONTWRITEBYTECODE
 RUN := $(CLEAN) $(VENV)/bin/python
 ARGS ?=
 
-.PHONY: help install train test test-slow test-kill test-verl lint clean
+.PHONY: help install install-dev install-verl train test test-slow test-kill test-verl lint clean
 
 help:
 	@echo "make train [ARGS='--method grpo --steps 20']   set up, then train (the embedded default without ARGS)"
@@ -19,31 +19,34 @@ help:
 install:
 	@$(PYTHON) install.py --venv $(VENV)
 
+install-dev:
+	@$(PYTHON) install.py --venv $(VENV) --dev
+
+install-verl:
+	@$(PYTHON) install.py --venv $(VENV)-verl --verl
+
 train: install
 	TORCH_CPP_LOG_LEVEL=ERROR $(RUN) -m scope_fast.train $(ARGS)
 
 # All of them, verl's first, unless ARGS choose; fails if either part does, and ends with the ordinary part's summary.
+# pip works on one core: the two environments are made side by side.
 test:
-	@$(PYTHON) install.py --venv $(VENV) --dev
+	@$(MAKE) --no-print-directory -j 2 install-dev $(if $(strip $(ARGS)),,install-verl)
 	@status=0; \
 	$(if $(strip $(ARGS)),,$(MAKE) --no-print-directory test-verl || status=$$?;) \
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS) || status=$$?; \
 	exit $$status
 
-test-verl:
-	@$(PYTHON) install.py --venv $(VENV)-verl --verl
+test-verl: install-verl
 	OMP_NUM_THREADS=1 $(CLEAN) $(VENV)-verl/bin/python -m pytest tests/test_verl.py
 
-test-slow:
-	@$(PYTHON) install.py --venv $(VENV) --dev
+test-slow: install-dev
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m slow $(ARGS)
 
-test-kill:
-	@$(PYTHON) install.py --venv $(VENV) --dev
+test-kill: install-dev
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m kill -s tests/test_resume.py $(ARGS)
 
-lint:
-	@$(PYTHON) install.py --venv $(VENV) --dev
+lint: install-dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 

@@ -1,5 +1,6 @@
 """The README is true: its example runs as it stands, and every file and command it names exists."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -9,14 +10,17 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_training_step_runs_as_printed():
+def test_the_training_loop_runs_as_printed():
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
     (example,) = [block for block in blocks if block.startswith("import torch")]
     assert example.count("\n") <= 40
     result = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert result.returncode == 0, result.stderr[-2000:]
+    first, second, third = (ast.literal_eval(line[2:]) for line in result.stdout.splitlines())
     # ratio 1 at the first update: the policy loss is exactly minus the mean advantage, and 16 rows are on policy
-    assert "'loss/rl': -0.5" in result.stdout and "'policy/rows': 16.0" in result.stdout
+    assert first["loss/rl"] == -0.5 and first["policy/rows"] == 16.0 and first["policy/ratio_max"] == 1.0
+    assert second["policy/ratio_max"] > 1.0 and second["loss/rl"] < -0.5  # what has an advantage became likelier
+    assert first["loss/nll"] > second["loss/nll"] > third["loss/nll"]
 
 
 def test_every_file_of_the_tour_exists():
