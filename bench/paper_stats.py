@@ -195,10 +195,41 @@ def cell(found: dict | None, signed: bool = False) -> str:
     return f"{found['value']:{sign}.3f} [{found['low']:{sign}.3f}, {found['high']:{sign}.3f}]"
 
 
+def pass_rates(record: dict) -> list[np.ndarray]:
+    """Of each task like the training's: (problems,), the share of a problem's samples that are right, at the end."""
+    benchmarks = record["evaluations"][last_step(record)]
+    return [np.asarray(benchmarks[task]["by_problem"]["pass@1"]) for task in SPLITS["id"]]
+
+
+def choose(tries: list[dict]) -> dict:
+    """The try that an arm carries: of those whose pass@1 is within a standard error of the best, the smallest step.
+
+    The error is that of the difference to the best in pairs, problem by problem. Smallest: learner.lr, then
+    loss.nll_coef, then fewer settings.
+    """
+    rates = [pass_rates(record) for record in tries]
+    best = max(rates, key=lambda tasks: fmean(task.mean() for task in tasks))
+
+    def is_tied(tasks: list[np.ndarray]) -> bool:
+        gaps = [b - t for b, t in zip(best, tasks, strict=True)]
+        error = np.sqrt(sum(gap.var(ddof=1) / gap.size for gap in gaps)) / len(gaps)
+        return fmean(gap.mean() for gap in gaps) <= error
+
+    def size(record: dict) -> tuple:
+        settings = record["settings"]
+        return settings["learner.lr"], settings.get("loss.nll_coef", 0.0), len(settings)
+
+    return min((record for record, tasks in zip(tries, rates, strict=True) if is_tied(tasks)), key=size)
+
+
 def tuning_table(records: list[dict]) -> Table:
     """Each tuning run's held-out pass@1 on problems like the training's, which decides, and its distinct-4."""
+    arms: dict[str, list[dict]] = {}
+    for record in records:
+        arms.setdefault(record["arm"].rpartition("_try")[0], []).append(record)
+    chosen = [choose(tries)["arm"] for tries in arms.values()]
     table = Table(title="tuning: held-out problems like the training's")
-    for name in ("try", "settings", "pass@1", "distinct_4"):
+    for name in ("try", "settings", "pass@1", "distinct_4", ""):
         table.add_column(name, no_wrap=True)
     for record in records:
         benchmarks = record["evaluations"][last_step(record)]
@@ -207,5 +238,6 @@ def tuning_table(records: list[dict]) -> Table:
         settings = ", ".join(
             f"{k.split('.')[-1]} {v}" for k, v in record["settings"].items() if k.startswith(("learner.", "loss."))
         )
-        table.add_row(record["arm"], settings, *(f"{value:.3f}" for value in cells))
+        mark = "chosen" if record["arm"] in chosen else ""
+        table.add_row(record["arm"], settings, *(f"{value:.3f}" for value in cells), mark)
     return table

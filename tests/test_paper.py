@@ -101,6 +101,28 @@ def test_intervals_cover_seeds_as_well_as_problems(tmp_path):
     assert 0.22 < (drawn == 0.0).mean() < 0.28
 
 
+def a_try(i, pass_rates, **settings):
+    columns = dict.fromkeys(paper_stats.SPLITS["id"], pass_rates)
+    made = record(f"grpo_try{i}", 100, **columns)
+    for benchmark in made["evaluations"]["10"].values():
+        value = {"value": float(np.mean(pass_rates))}
+        benchmark["metrics"] |= {"pass@1": value, "diversity/distinct_4": value}
+    return made | {"settings": {name.replace("__", "."): value for name, value in settings.items()}}
+
+
+def test_a_tie_goes_to_the_smaller_step():
+    """Mean gaps to the best: 0.05 with an error of 0.02 (0, 0.1, 0, 0.1 twice over), then 0.01 with 0.013."""
+    best = a_try(0, [0.5, 0.6, 0.7, 0.8], learner__lr=2e-3)
+    worse = a_try(1, [0.5, 0.5, 0.7, 0.7], learner__lr=1e-4)
+    tied = a_try(2, [0.46, 0.64, 0.67, 0.79], learner__lr=1e-3)
+    larger = a_try(3, [0.46, 0.64, 0.67, 0.79], learner__lr=1e-3, loss__advantage_std=True)
+    assert paper_stats.choose([best, worse])["arm"] == "grpo_try0"
+    assert paper_stats.choose([best, worse, larger, tied])["arm"] == "grpo_try2"
+    assert "0.640  │ 0.640      │ chosen" in text_of([paper_stats.tuning_table([best, worse, tied])])
+    always = a_try(4, [0.4, 0.5, 0.6, 0.7], learner__lr=1e-4)  # the same gap everywhere is no accident
+    assert paper_stats.choose([best, always])["arm"] == "grpo_try0"
+
+
 def text_of(tables):
     console = Console(width=250, file=io.StringIO())
     for table in tables:
