@@ -18,7 +18,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
@@ -46,14 +46,15 @@ console = Console(highlight=False)
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How a model is evaluated. problems: of each task; samples: responses to each."""
+    """How a model is evaluated. problems: of each task of the splits; samples: responses to each."""
 
+    splits: tuple[str, ...] = tuple(SPLITS)
     problems: int = 60
     samples: int = 16
     ks: tuple[int, ...] = (1, 4, 10)
 
     def arguments(self) -> list[str]:
-        tasks = [task for names in SPLITS.values() for task in names]
+        tasks = [task for split in self.splits for task in SPLITS[split]]
         return [
             "--task", ",".join(tasks), "--prompts", str(self.problems * len(tasks)), "--samples", str(self.samples),
             "--k", ",".join(map(str, self.ks)), "--temperature", "1.0",
@@ -82,7 +83,8 @@ class Run:
     @property
     def key(self) -> str:
         """Of everything that decides the outcome but the code: a record of another key is not this run's."""
-        settings = load(str(BASE), self.overrides).model_dump(exclude={"out", "cache"})
+        of_start = {"warm_start", "rollout"} if self.arm == START else None  # an untrained student knows no method
+        settings = load(str(BASE), self.overrides).model_dump(include=of_start, exclude={"out", "cache"})
         return digest(settings, "paper")
 
     def is_done(self) -> bool:
@@ -208,7 +210,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     records, out = args.results / "paper", args.out.resolve()
-    evaluation = Evaluation(2, 10, (1, 4, 10)) if args.quick else Evaluation()
+    evaluation = Evaluation(problems=2, samples=10) if args.quick else Evaluation()
     extra = {**QUICK, "cache": str(out / "cache")} if args.quick else {}
     start = Run(START, 0, extra, out / START, records / f"{START}.json")
     every = runs_of(args.spec["arms"], list(args.spec["arms"]), None, out, records, extra)
@@ -221,6 +223,8 @@ def main(argv: list[str] | None = None) -> int:
         console.print(f"{len(runs) - len(todo)} of {len(runs)} runs have their record", markup=False)
         if not start.is_done():
             evaluate_start(start, evaluation)
+        if args.tune:  # what the arms are held against out of distribution decides nothing about them
+            evaluation = replace(evaluation, splits=("id",))
         if failed := work_off(todo, args.jobs, evaluation):
             return failed
     if args.tune:

@@ -68,6 +68,16 @@ class Task:
             raise ValueError(f"no step left after {len(lines)} lines")
         return self._work(entry, len(lines), int(match.group(1)), lambda value: value, style)
 
+    def style_of(self, entry: Entry, lines: Sequence[str]) -> str | None:
+        """The style of the last of `lines`, given the value the line before arrived at; None where it has none."""
+        before = _LAST_INTEGER.search(lines[-2]) if len(lines) > 1 else None
+        operations = self.operations(entry)
+        if not lines or len(lines) > len(operations) or (len(lines) > 1 and before is None):
+            return None
+        sides, _ = operations[len(lines) - 1](None if before is None else int(before.group(1)))
+        left = lines[-1].rpartition(" = ")[0]
+        return next((style for style, side in zip(STYLES, sides, strict=True) if side == left), None)
+
     def check(self, entry: Entry, lines: Sequence[str]) -> list[bool]:
         """For each line: does it stand, letter by letter, at its place of the worked solution, in one of the styles?"""
         gold = list(zip(*(self.solve(entry, style=style) for style in STYLES), strict=True))

@@ -50,19 +50,22 @@ class SolverTeacher:
     """The task's own worked solution, going on from the value the prefix arrived at, right or wrong.
 
     styles: of tasks.STYLES; each request's seed draws the one its lines are written in.
+    keep_style: a prefix is gone on with in the style of its last line instead, as a language model would.
     """
 
-    def __init__(self, styles: Sequence[str] = STYLES[:1]) -> None:
-        self._styles = tuple(styles)
+    def __init__(self, styles: Sequence[str] = STYLES[:1], keep_style: bool = False) -> None:
+        self._styles, self._keep_style = tuple(styles), keep_style
 
     def complete(self, requests: list[Request]) -> list[Reply | TeacherError]:
         return [self._one(request) for request in requests]
 
     def _one(self, request: Request) -> Reply | TeacherError:
         lines = [line.strip() for line in request.prefix.splitlines() if line.strip()]
-        style = self._styles[request.seed % len(self._styles)]
+        entry, drawn = request.prompt.entry, self._styles[request.seed % len(self._styles)]
         try:
-            rest = get_task(request.prompt.task).resume(request.prompt.entry, lines, style)
+            task = get_task(request.prompt.task)
+            style = task.style_of(entry, lines) if self._keep_style else None
+            rest = task.resume(entry, lines, style or drawn)
         except ValueError as error:
             return TeacherError(str(error))
         return Reply("\n".join(rest))

@@ -283,7 +283,7 @@ def make_teacher(config: Config, folder: str | None, tokenizer, stack: ExitStack
     """The teacher `teacher.kind` names; a model samples beside the student's engine."""
     settings = config.teacher
     if settings.kind == "solver":
-        return SolverTeacher(settings.styles)
+        return SolverTeacher(settings.styles, settings.keep_style)
     if settings.kind == "endpoint":
         endpoint = EndpointTeacher(settings, tokenizer, config.seed)
         endpoint.check()

@@ -38,6 +38,16 @@ def test_styles_by_hand():
     assert legs.check(LEGS, [worded[1], swapped[1].replace("22", "23")]) == [False, False]
 
 
+def test_a_line_s_style_is_told_from_the_value_before_it():
+    legs = get_task("leg_counting")
+    swapped, worded = (legs.solve(LEGS, lambda value: value + 1, style) for style in ("swapped", "worded"))
+    assert [legs.style_of(LEGS, swapped[:n]) for n in (1, 2)] == ["swapped", "swapped"]
+    assert legs.style_of(LEGS, [worded[0], swapped[1]]) == "swapped"
+    assert legs.style_of(LEGS, [*worded[:1], legs.solve(LEGS)[1]]) is None  # goes on from 16, the line before says 17
+    for lines in ([], ["so"], ["so", worded[1]], [*worded, worded[1]]):
+        assert legs.style_of(LEGS, lines) is None
+
+
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("name", NAMES)
 def test_solutions_end_with_the_gym_s_own_answer(name, style):

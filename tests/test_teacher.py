@@ -104,6 +104,18 @@ def test_the_solver_writes_in_a_style_drawn_by_the_request_s_seed():
     assert replies == [Reply("-4 + 19 = 15. Answer: 15"), Reply("take 4 from 19 = 15. Answer: 15")]
 
 
+def test_the_solver_goes_on_in_the_prefix_s_own_style_where_asked():
+    teacher = SolverTeacher(["swapped"], keep_style=True)
+    prefixes = ["12 + 7 = 19\n", "7 + 12 = 18\n", "add 7 to 12 = 20\n", "makes = 19\n", ""]
+    assert ask(teacher, [request(prefix) for prefix in prefixes], 5.0) == [
+        Reply("19 - 4 = 15. Answer: 15"),
+        Reply("-4 + 18 = 14. Answer: 14"),
+        Reply("take 4 from 20 = 16. Answer: 16"),
+        Reply("-4 + 19 = 15. Answer: 15"),
+        Reply("7 + 12 = 19\n-4 + 19 = 15. Answer: 15"),
+    ]
+
+
 def test_a_solver_that_cannot_go_on_says_why():
     requests = [
         request("well then\n"),
