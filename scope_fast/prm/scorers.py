@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Protocol
 
@@ -53,18 +54,24 @@ class TokenClassifierScorer:
         )
 
     def __call__(self, trajectories: list[Trajectory]) -> list[list[float]]:
-        if not trajectories:
-            return []
         sequences = []
         for t in trajectories:
             ids = [*t.prompt.ids, *t.token_ids[: t.steps[-1][1]]]
             sequences.append(Encoded(ids, [len(t.prompt.ids) + end - 1 for _, end in t.steps]))
-        fits = [i for i, sequence in enumerate(sequences) if len(sequence.ids) <= self._context]
-        probs: list[list[float]] = [[] for _ in sequences]
-        scored = packed_scores(self._body, self._head, [sequences[i] for i in fits], self._budget) if fits else []
-        for i, values in zip(fits, scored, strict=True):
+        return scores_of_those_that_fit(
+            sequences, self._context, lambda fitting: packed_scores(self._body, self._head, fitting, self._budget)
+        )
+
+
+def scores_of_those_that_fit(
+    sequences: list[Encoded], context: int, score: Callable[[list[Encoded]], list[list[float]]]
+) -> list[list[float]]:
+    """`score` of the sequences that have rows and at most `context` tokens, in place; no probability for the others."""
+    probs: list[list[float]] = [[] for _ in sequences]
+    if fits := [i for i, sequence in enumerate(sequences) if sequence.rows and len(sequence.ids) <= context]:
+        for i, values in zip(fits, score([sequences[i] for i in fits]), strict=True):
             probs[i] = values
-        return probs
+    return probs
 
 
 @torch.inference_mode()

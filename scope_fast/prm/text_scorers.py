@@ -14,7 +14,7 @@ import torch
 from scope_fast import attention
 from scope_fast.ops.step_pool import PrmHead
 from scope_fast.prm.formats import Encoded, Format, QwenFormat, RlhflowFormat, ShepherdFormat
-from scope_fast.prm.scorers import packed_scores
+from scope_fast.prm.scorers import packed_scores, scores_of_those_that_fit
 from scope_fast.scope.trajectory import Trajectory
 
 FORMATS = {"qwen2.5-math-prm": QwenFormat, "math-shepherd": ShepherdFormat, "rlhflow": RlhflowFormat}
@@ -32,13 +32,7 @@ class TextScorer:
         self._student, self._format, self._context = student, fmt, context
 
     def __call__(self, trajectories: list[Trajectory]) -> list[list[float]]:
-        sequences = [self._encode(t) for t in trajectories]
-        fits = [i for i, sequence in enumerate(sequences) if sequence.rows and len(sequence.ids) <= self._context]
-        probs: list[list[float]] = [[] for _ in sequences]
-        if fits:
-            for i, values in zip(fits, self._score([sequences[i] for i in fits]), strict=True):
-                probs[i] = values
-        return probs
+        return scores_of_those_that_fit([self._encode(t) for t in trajectories], self._context, self._score)
 
     def _encode(self, trajectory: Trajectory) -> Encoded:
         ids = trajectory.token_ids
