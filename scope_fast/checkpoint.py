@@ -62,7 +62,7 @@ def save(run_dir: Path | str, step: int, state: dict[str, Any], keep: int = 2) -
                     files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
                     _write(temporary / MANIFEST, {"step": step, "world_size": world_size(), "files": files})
                     _replace(temporary, target)
-                    _prune(root, keep)
+                    _prune(root, keep, step)
     except WriteFailed:
         if rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -346,9 +346,13 @@ def _replace(temporary: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _prune(root: Path, keep: int) -> None:
-    """Leaves the newest `keep` whole checkpoints, and no leftovers of interrupted writes."""
-    kept = [path for path in _steps(root) if _damage(path, deep=False) is None][-keep:]
+def _prune(root: Path, keep: int, step: int) -> None:
+    """Leaves the newest `keep` whole checkpoints, and no leftovers of interrupted writes.
+
+    One of a step after `step`, which was just saved, is one that the run could not be resumed from.
+    """
+    whole = [path for path in _steps(root) if step_of(path) <= step and _damage(path, deep=False) is None]
+    kept = whole[-keep:]
     for path in [*_steps(root), *root.glob(".tmp-step_*"), *root.glob(".old-step_*")]:
         if path not in kept:
             shutil.rmtree(path)

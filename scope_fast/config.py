@@ -310,11 +310,12 @@ class Distributed(_Section):
     """Several processes under torchrun.
 
     timeout_s: longest wait for another rank before the run ends with an error.
-    gpus, gpu_memory_gib: what --dry-run plans for; None: no plan of memory.
+    gpus, gpus_per_node, gpu_memory_gib: what --dry-run plans for; gpus None: no plan of memory.
     """
 
     timeout_s: float = Field(1800.0, gt=0)
     gpus: Positive | None = None
+    gpus_per_node: Positive = 8
     gpu_memory_gib: float = Field(80.0, gt=0)
 
 

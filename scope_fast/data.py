@@ -164,6 +164,7 @@ class PromptSource:
         if not self.heldout:
             raise ValueError(f"data: none of {len(rows)} held-out prompts is usable ({self._reasons()})")
         self._heldout_texts = {prompt.text for prompt in self.heldout}
+        self.heldout_counts = dict(self._counts)
         self._counts.clear()  # what follows counts training prompts
         self.cursor = 0
 

@@ -23,6 +23,23 @@ def under_torchrun() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
+def claim_gpu() -> None:
+    """Under torchrun, leaves this rank the one GPU that is its own. Before anything has asked CUDA for its devices.
+
+    vLLM takes the first GPU it sees for an engine of one, whatever device is current: all ranks' engines, and the
+    servers they start, would share GPU 0. Where the launcher gave each rank its own, there is nothing to do.
+    """
+    if not under_torchrun():
+        return
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    names = visible.split(",") if visible else [str(i) for i in range(ranks_per_node())]
+    if len(names) > 1:
+        local = int(os.environ["LOCAL_RANK"])
+        if local >= len(names):
+            raise ValueError(f"CUDA_VISIBLE_DEVICES={visible}: no GPU for local rank {local}")
+        os.environ["CUDA_VISIBLE_DEVICES"] = names[local]
+
+
 @contextmanager
 def process_group(timeout_s: float) -> Iterator[None]:
     """The default process group of a torchrun job while the body runs; nothing in a lone process.
@@ -63,10 +80,8 @@ def ranks_per_node() -> int:
 
 
 def device() -> torch.device:
-    """Where this rank's learner and reward model live."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    """Where this rank's learner and reward model live: the one GPU it sees after `claim_gpu`."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def barrier() -> None:

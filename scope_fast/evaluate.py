@@ -265,7 +265,9 @@ class Evaluator:
     def sample(self, job: Job) -> list[list[Trajectory]]:
         """Every response has a seed of what it answers, so that the same evaluation draws the same."""
         rollout = self.config.rollout
-        sampling = Sampling(self.request.temperature, rollout.top_p, rollout.max_tokens)
+        end = self.tokenizer.eos_token_id  # as in training, whatever the model's own configuration says
+        stop = () if end is None else (end,)
+        sampling = Sampling(self.request.temperature, rollout.top_p, rollout.max_tokens, stop)
         seeds = [[_seed(self.config.seed, job.name, p.id, i) for i in range(job.samples)] for p in job.prompts]
         outputs = self.engine.generate([list(p.ids) for p in job.prompts], job.samples, sampling, seeds)
         return [
@@ -317,12 +319,14 @@ def plain_jobs(request: Request, tokenizer) -> list[Job]:
     if config.data.path is None:  # generators: as many as asked for
         data = config.data.model_copy(update={"heldout": count, "tasks": list(request.tasks) or config.data.tasks})
         config = config.model_copy(update={"data": data})
-    prompts = PromptSource(config, tokenizer, trains=False).heldout[:count]
+    source = PromptSource(config, tokenizer, trains=False)
     by_task: dict[str, list[Prompt]] = {}
-    for prompt in prompts:
+    for prompt in source.heldout[:count]:
         by_task.setdefault(prompt.task, []).append(prompt)
     group = "all" if len(by_task) > 1 else None
-    return [Job(name, found, samples, config.verifier.score, {}, group) for name, found in by_task.items()]
+    jobs = [Job(name, found, samples, config.verifier.score, {}, group) for name, found in by_task.items()]
+    jobs[0].counts.update(source.heldout_counts)  # of all tasks together
+    return jobs
 
 
 def suite_jobs(request: Request, tokenizer) -> list[Job]:

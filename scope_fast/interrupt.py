@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from types import FrameType
 
 from scope_fast import distributed
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SAME_S = 2.0  # under torchrun: signals so close together are one, which came on two ways
 
 
 class Interrupt:
@@ -37,12 +39,19 @@ class Interrupt:
             signal.signal(number, handler)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        self._received = signal.Signals(number)
-        for each in self._previous:
-            signal.signal(each, signal.SIG_DFL)
-        # not print: a signal may come in the middle of one, and a buffered file cannot be entered twice
-        text = f"\n{self._received.name}: stopping after the step under way, with a checkpoint; again stops at once\n"
-        os.write(2, text.encode())
+        if self._received is None:
+            self._received, self._when = signal.Signals(number), time.monotonic()
+            if distributed.world_size() == 1:  # even in the middle of a long call
+                for each in self._previous:
+                    signal.signal(each, signal.SIG_DFL)
+            # not print: a signal may come in the middle of one, and a buffered file cannot be entered twice
+            name = self._received.name
+            os.write(
+                2, f"\n{name}: stopping after the step under way, with a checkpoint; again stops at once\n".encode()
+            )
+        elif time.monotonic() - self._when >= SAME_S:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     def requested(self) -> bool:
         """Whether any rank was told to stop; the same answer on all of them. Collective."""

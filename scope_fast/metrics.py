@@ -33,12 +33,12 @@ class Metric:
 
 
 METRICS: dict[str, Metric] = {
-    "reward/mean": Metric("reward", "Mean reward of the trained batch, repaired rollouts in the place of failed ones"),
+    "reward/mean": Metric("reward", "Mean reward of what has a verdict, repaired rollouts in the place of failed ones"),
     "reward/pass_rate": Metric("share", "Rollouts whose answer the verifier accepts, before any repair"),
     "eval/pass_rate": Metric("share", "Pass rate on held-out prompts"),
     "eval/pass_rate_before": Metric("share", "Pass rate on held-out prompts before the first step"),
     "scope/failed": Metric("count", "Rollouts with reward 0"),
-    "scope/selected": Metric("count", "Failed rollouts chosen for repair"),
+    "scope/selected": Metric("count", "Rollouts chosen for repair: failed ones, of sft the first of every group"),
     "scope/repaired": Metric("count", "Chosen rollouts the teacher gave a suffix for"),
     "scope/accepted": Metric("count", "Repaired rollouts that passed verification"),
     "scope/rejected": Metric("count", "Repaired rollouts that did not"),
@@ -63,8 +63,8 @@ METRICS: dict[str, Metric] = {
     "diversity/distinct_1": Metric("ratio", "Distinct tokens over all tokens of a prompt's rollouts, prompt median"),
     "diversity/distinct_4": Metric("ratio", "Distinct 4-grams over all 4-grams of a prompt's rollouts, prompt median"),
     "diversity/unique_answers": Metric("count", "Different final answers a prompt, mean"),
-    "verifier/timeouts": Metric("count", "Rollouts whose verification ran out of time"),
-    "verifier/crashes": Metric("count", "Rollouts whose verification crashed"),
+    "verifier/timeouts": Metric("count", "Verifications that ran out of time, of rollouts and of repairs"),
+    "verifier/crashes": Metric("count", "Verifications that crashed, of rollouts and of repairs"),
     "prm/invalid": Metric("count", "Rollouts with a step probability that is no probability"),
     "teacher/errors": Metric("count", "Chosen rollouts the teacher gave no suffix for"),
     **{
@@ -75,6 +75,8 @@ METRICS: dict[str, Metric] = {
             "unfinished",
             "cached",
             "retries",
+            "no_usage",
+            "cache_failed",
             "error/budget",
             "error/cache",
             "error/deadline",
@@ -89,6 +91,7 @@ METRICS: dict[str, Metric] = {
                     "bad_json",
                     "empty",
                     "refused",
+                    "unexpected",
                 )
             ),
         )
@@ -106,7 +109,7 @@ METRICS: dict[str, Metric] = {
     "tokens/skipped": Metric("tokens", "Rows dropped before the head, since nothing can flow from them"),
     "tokens/teacher": Metric("tokens", "Written by the teacher"),
     "perf/tokens_per_s": Metric("rate", "Tokens sampled and trained, a second of the whole step"),
-    "perf/mfu": Metric("share", "Model FLOPs over the device's peak"),
+    "perf/mfu": Metric("share", "Model FLOPs over the device's peak; not written yet"),
     "time/generate_s": Metric("s", "Sampling"),
     "time/verify_s": Metric("s", "Verification"),
     "time/prm_s": Metric("s", "Step probabilities"),

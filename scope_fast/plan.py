@@ -31,6 +31,7 @@ class Memory:
     weights: float
     gradients: float
     optimizer: float
+    reference: float
     gathered: float
     activations: float
     head: float
@@ -130,7 +131,7 @@ def reward_model_parameters(config: Config, sizes: Sizes) -> int:
 def memory(config: Config, sizes: Sizes, ranks: int, reward_parameters: int = 0) -> Memory:
     """Of one of `ranks` GPUs."""
     learner, dtype_bytes = config.learner, {"float32": 4, "bfloat16": 2}[config.model.dtype]
-    shards = min(learner.shard_size or ranks, ranks)
+    shards = min(learner.shard_size or config.distributed.gpus_per_node, ranks)
     resident = 0 if learner.cpu_offload else sizes.parameters / shards
     kept = {"none": sizes.layers, "selective": sizes.layers // 2, "full": 0}[learner.activation_checkpointing]
     token = activation_bytes(sizes, dtype_bytes)
@@ -148,6 +149,7 @@ def memory(config: Config, sizes: Sizes, ranks: int, reward_parameters: int = 0)
         weights=MASTER_BYTES * resident,
         gradients=GRADIENT_BYTES * resident,
         optimizer=MOMENT_BYTES * resident,
+        reference=(config.loss.kl_coef > 0) * MASTER_BYTES * resident,
         gathered=gathered,
         activations=activations * learner.token_budget,
         head=head,

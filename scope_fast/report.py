@@ -174,7 +174,10 @@ def facts(config: dict[str, Any], rows: list[dict[str, float]]) -> list[list[str
     done, asked = max((row["step"] for row in rows), default=0), config.get("steps")
     result = [["Method", config.get("method")], ["Model", _dig(config, "model.path")]]
     result.append(["Steps", f"{done}" if asked in (None, done) else f"{done} of {asked}"])
-    result += [["Seed", config.get("seed")], ["Tasks", ", ".join(_dig(config, "data.tasks") or []) or None]]
+    result += [
+        ["Seed", config.get("seed")],
+        ["Tasks", _dig(config, "data.path") or ", ".join(_dig(config, "data.tasks") or []) or None],
+    ]
     size = (_dig(config, "rollout.prompts_per_step"), _dig(config, "rollout.group_size"))
     result.append(["A step", None if None in size else f"{size[0]} prompts × {size[1]} rollouts"])  # noqa: RUF001
     result += [["Engine", _dig(config, "rollout.engine")], ["Teacher", _dig(config, "teacher.kind")]]

@@ -116,7 +116,9 @@ def _get(raw: Any, dotted: str) -> Any:
 
 
 def _empty(value: Any) -> bool:
-    return value is None or (isinstance(value, (str, list, dict)) and not value)
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or value != value or (isinstance(value, (list, dict)) and not value)  # NaN: a gap in a CSV
 
 
 def _row(raw: Any, where: str, number: int, columns: tuple[str, str], data: Data, task: str) -> Row:

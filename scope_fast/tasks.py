@@ -64,14 +64,14 @@ class Task:
         match = _LAST_INTEGER.search(lines[-1])
         if match is None:
             raise ValueError(f"no value to go on from in {lines[-1]!r}")
-        if len(lines) >= len(self.operations(entry)):
+        if len(lines) >= len(self._operations(entry)):
             raise ValueError(f"no step left after {len(lines)} lines")
         return self._work(entry, len(lines), int(match.group(1)), lambda value: value, style)
 
     def style_of(self, entry: Entry, lines: Sequence[str]) -> str | None:
         """The style of the last of `lines`, given the value the line before arrived at; None where it has none."""
         before = _LAST_INTEGER.search(lines[-2]) if len(lines) > 1 else None
-        operations = self.operations(entry)
+        operations = self._operations(entry)
         if not lines or len(lines) > len(operations) or (len(lines) > 1 and before is None):
             return None
         sides, _ = operations[len(lines) - 1](None if before is None else int(before.group(1)))
@@ -83,8 +83,15 @@ class Task:
         gold = list(zip(*(self.solve(entry, style=style) for style in STYLES), strict=True))
         return [i < len(gold) and line in gold[i] for i, line in enumerate(lines)]
 
+    def _operations(self, entry: Entry) -> list[Step]:
+        """ValueError for an entry that has not what the working is made of, as a row that only bears the name."""
+        try:
+            return self.operations(entry)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"task {self.name!r}: the entry has no working ({error!r})") from error
+
     def _work(self, entry: Entry, start: int, value: int | None, slip: Callable[[int], int], style: str) -> list[str]:
-        operations, lines = self.operations(entry), []
+        operations, lines = self._operations(entry), []
         for i in range(start, len(operations)):
             sides, result = operations[i](value)
             value = slip(result)

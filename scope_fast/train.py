@@ -13,6 +13,7 @@ full disk, updates that keep failing) or a replay differs; 2 for what is asked f
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack, closing
@@ -58,6 +59,7 @@ console = Console(highlight=False, soft_wrap=True)  # a path is not broken in th
 
 @record  # under torchrun the reason of the rank that failed first goes on top
 def main(argv: list[str] | None = None) -> int:
+    distributed.claim_gpu()
     config, resume, dry_run, source = parse(argv)
     with distributed.process_group(config.distributed.timeout_s):
         console.quiet = not distributed.is_main()
@@ -80,14 +82,22 @@ def run(config: Config, resume: str, dry_run: bool, source: replay.Source | None
         with Interrupt() as interrupt, ExitStack() as stack:
             train(build(config, stack), start, stack, interrupt)
     except (WriteFailed, health.Unhealthy) as error:
-        console.print(f"error: {error}", markup=False)
+        say(error)
         if isinstance(error, WriteFailed):
             console.print("what was saved before is whole: make room and run the same command again to go on from it")
         return 1
     except (ValueError, FileNotFoundError, ImportError) as error:  # what is asked for cannot be: the message is enough
-        console.print(f"error: {error}", markup=False)
+        say(error)
         return 2
     return 0
+
+
+def say(error: Exception) -> None:
+    """The message that ends a run; of ranks that are otherwise quiet too, since one alone may know it."""
+    if distributed.is_main():
+        console.print(f"error: {error}", markup=False)
+    else:
+        print(f"error on rank {distributed.rank()}: {error}", file=sys.stderr, flush=True)
 
 
 def parse(argv: list[str] | None) -> tuple[Config, str, bool, replay.Source | None]:
@@ -315,6 +325,8 @@ def train(trainer: Trainer, start: Path | None, stack: ExitStack, interrupt: Int
     elif (out / "metrics.jsonl").exists():
         console.print(f"{out} was stopped before its first checkpoint: starting over")
     write = metrics_writer(config, -1 if start is None else trainer.done, stack)
+    if start is None and config.rollout.server_url is not None:
+        trainer.engine.update_weights(trainer.learner.model, 0)  # an earlier run may have left it others, or paused
     if start is None:
         write(0, {"eval/pass_rate_before": held_out(trainer, "before")}, show=False)
     if interrupt.requested():
@@ -323,6 +335,8 @@ def train(trainer: Trainer, start: Path | None, stack: ExitStack, interrupt: Int
     for step, metrics in trainer.run():
         write(step, metrics)
         stopped = interrupt.requested()
+        if step == config.steps:
+            forget_last(out)
         if stopped or step == config.steps or (config.checkpoint.every and step % config.checkpoint.every == 0):
             save(trainer)
         if stopped:
@@ -333,6 +347,15 @@ def train(trainer: Trainer, start: Path | None, stack: ExitStack, interrupt: Int
     if config.logging.report and distributed.is_main():
         with writing("the report", out / "report.html"):
             console.print(f"report: {write_report(out)}", markup=False)
+
+
+def forget_last(out: Path) -> None:
+    """Removes what followed the last step of a shorter run: `finished` must not take it for this one's."""
+    if distributed.is_main():
+        with writing("the removal of an older export", out):
+            if (out / "export").exists():
+                shutil.rmtree(out / "export")
+            (out / "report.html").unlink(missing_ok=True)
 
 
 def save(trainer: Trainer) -> None:
@@ -382,7 +405,8 @@ def held_out(trainer: Trainer, when: str) -> float:
     rate, lost = trainer.pass_rate(prompts, settings.samples, settings.temperature)
     console.print(
         f"held-out pass rate {when}: {100 * rate:.1f} % ({len(prompts)} prompts x {settings.samples}, "
-        f"temperature {settings.temperature:g}{f', {lost} without a verdict' if lost else ''})"
+        f"temperature {settings.temperature:g}{f', {lost} without a verdict' if lost else ''}"
+        f"{''.join(f', {name} {count}' for name, count in trainer.data.heldout_counts.items())})"
     )
     return rate
 

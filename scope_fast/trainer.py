@@ -226,6 +226,7 @@ class Trainer:
         counted = ("verifier/timeouts", "verifier/crashes", "prm/invalid", "scope/empty", "scope/repaired")
         return {
             **{name: self.counts[name] for name in counted},
+            "prompts/dropped": sum(all(t.reward is None for t in group) for group in groups),
             "scope/failed": len(failed),
             "scope/selected": len(chosen),
             "scope/accepted": self.counts["repair/accepted"],

@@ -1,6 +1,7 @@
 """The stamps of every method by hand: segment, advantage, weight and engine logprob of every token."""
 
 import math
+from dataclasses import replace
 from random import Random
 from statistics import stdev
 
@@ -109,6 +110,14 @@ def test_likelihood_weighted_by_the_advantage():
     assert stamp_mixture(group, apart)[3].loss_weight == pytest.approx([1.0, 1.0, 0.225, 0.225], rel=1e-12)
     group[0].reward = group[1].reward = 1.0
     assert stamp_mixture(group, weighted)[3].loss_weight == [1.0, 1.0, 0.0, 0.0]  # nothing to gain over the group
+
+
+def test_a_repair_worth_less_than_the_group_is_not_pushed_away():
+    """A verifier with graded rewards may accept it all the same; a likelihood with a negative weight has no bound."""
+    group = group_of(0.0, 1.0, 1.0, 1.0)
+    group[0].repair = replace(accepted(1, 2, [7, 0]), reward=0.1)
+    stamped = stamp_mixture(group, Loss(nll_weight="advantage"))[0]
+    assert stamped.advantage[0] < 0.0 and stamped.loss_weight[2:] == [0.0, 0.0]
 
 
 def test_an_all_failed_group_measured_before_its_repair():

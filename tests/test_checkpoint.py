@@ -199,6 +199,14 @@ def test_damaged_ones_do_not_count_as_kept(tmp_path):
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_1", "step_3"]
 
 
+def test_later_steps_than_the_one_saved_do_not_count_as_kept(tmp_path):
+    """Their content is damaged and their size is not, so the run went on from an older one."""
+    for step in (1, 5):
+        checkpoint.save(tmp_path, step, {"w": torch.ones(64)}, keep=2)
+    saved = checkpoint.save(tmp_path, 2, {"w": torch.ones(64)}, keep=1)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_2"] and checkpoint.latest(tmp_path) == saved
+
+
 @pytest.mark.parametrize("moment", ["_save_tensors", "_fingerprint", "_replace"])
 def test_a_crash_while_writing_leaves_the_older_one(tmp_path, moment):
     """The process dies for real: nothing gets a chance to clean up."""

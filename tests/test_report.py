@@ -89,6 +89,8 @@ def test_facts_leave_out_what_the_configuration_lacks():
     facts = dict(report.facts(whole, METRIC_ROWS))
     assert facts["Steps"] == "2" and facts["Model"] == "tiny" and facts["Tasks"] == "a, b"
     assert facts["A step"] == "16 prompts × 8 rollouts" and facts["Teacher"] == "solver"  # noqa: RUF001
+    whole["data"]["path"] = "rows.jsonl"
+    assert dict(report.facts(whole, METRIC_ROWS))["Tasks"] == "rows.jsonl"
     assert report._duration(7384) == "2 h 3 min" and report._duration(59.4) == "59 s"
 
 

@@ -65,6 +65,9 @@ def test_a_longer_run_goes_on_and_a_finished_one_is_left_alone(tmp_path):
     short, long = tmp_path / "short", tmp_path / "long"
     constant = {"learner__schedule": "constant"}
     finish(command(short, steps=2, **constant), tmp_path / "log")
+    process = start(command(short, steps=4, **constant), tmp_path / "log")
+    assert wait_for(lambda: (short / "checkpoints/step_4").exists(), process) and kill(process)
+    assert not (short / "export").exists()  # the shorter run's would pass for this one's
     finish(command(short, steps=4, **constant), tmp_path / "log")
     finish(command(long, steps=4, **constant), tmp_path / "log")
     (extended, weights), (steps, expected) = result(short), result(long)

@@ -1,6 +1,7 @@
 """Rows of real files in the field's own column conventions, and rows that name what is wrong with them."""
 
 import json
+import math
 import sys
 
 import pytest
@@ -84,6 +85,12 @@ def test_a_row_of_reasoning_gym_keeps_its_generator_as_the_task(tmp_path):
     assert [row["task"] for row in read_] == ["chain_sum", "mine", "theirs", "jsonl"]
     assert read_[0]["entry"]["metadata"] == native["metadata"]
     assert [row["entry"]["metadata"]["source_dataset"] for row in read_] == ["chain_sum", "mine", "theirs", "jsonl"]
+
+
+@pytest.mark.parametrize("blank", [" ", math.nan])
+def test_a_blank_answer_is_none(blank, tmp_path):
+    with pytest.raises(ValueError, match=r"data\.path: .*:1 has no 'answer'"):
+        read(jsonl(tmp_path / "a.jsonl", [{"prompt": "1 + 1?", "answer": blank}]))
 
 
 def test_columns_are_named_by_the_configuration(tmp_path):

@@ -43,3 +43,4 @@ def test_both_ranks_engines_equal_a_fresh_one_bitwise(kind, tied, tmp_path):
         assert result["after"] == expected
         assert result["before"] != expected
     assert ranks[0]["error"].startswith("weight sync: rank 0, gather of bucket 0: ")
+    assert "imed out" in ranks[0]["error"]  # rank 1 was there, and did not come

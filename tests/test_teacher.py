@@ -132,6 +132,15 @@ def test_a_solver_that_cannot_go_on_says_why():
     ]
 
 
+def test_a_row_that_only_bears_a_task_s_name_costs_its_own_repair():
+    bare = {"answer": "1", "metadata": {"source_dataset": "chain_sum"}}
+    strange = {"answer": "2", "metadata": {"source_dataset": "chain_sum", "expression": "5 + -3"}}
+    requests = [Request(prompt(entry), [], "") for entry in (bare, strange)]
+    first, second, third = ask(SolverTeacher(), [*requests, request("12 + 7 = 19\n")], 5.0)
+    assert str(first) == "task 'chain_sum': the entry has no working (KeyError('expression'))"
+    assert isinstance(second, TeacherError) and third == Reply("19 - 4 = 15. Answer: 15")
+
+
 class Engine:
     """Answers every prompt with the same tokens, and remembers what it was asked."""
 

@@ -24,6 +24,7 @@ from factories import byte_level, prompt, sentencepiece
 
 from scope_fast import config as cfg
 from scope_fast import train
+from scope_fast.metrics import METRICS
 from scope_fast.teacher import Reply, Request, TeacherError, ask, counts_of
 from scope_fast.teacher_endpoint import EndpointTeacher
 
@@ -100,6 +101,13 @@ def serving(behave):
         server.released.set()
         server.shutdown()
         server.server_close()
+
+
+def counted(made):
+    """The counts since the last call; each has its name in the metrics, which refuse any other."""
+    counts = made.take_counts()
+    assert set(counts) <= set(METRICS)
+    return counts
 
 
 def teacher(url, tokenizer="student", timeout_s=60.0, temperature=0.0, max_tokens=16, **endpoint):
@@ -185,7 +193,7 @@ def test_a_damaged_cache_costs_its_own_request_and_not_the_others(content, tmp_p
         made.take_counts()
         damaged, whole = made.complete(requests_(2))
     assert damaged.category == "cache" and f"{file} is damaged" in str(damaged) and whole == Reply("whole")
-    assert made.take_counts() == {"teacher/error/cache": 1, "teacher/finished": 1, "teacher/requests": 1}
+    assert counted(made) == {"teacher/error/cache": 1, "teacher/finished": 1, "teacher/requests": 1}
 
 
 def test_a_reply_that_cannot_be_stored_is_not_lost(tmp_path, capsys):
@@ -193,7 +201,7 @@ def test_a_reply_that_cannot_be_stored_is_not_lost(tmp_path, capsys):
     with serving(lambda body, attempt: (200, json.dumps(completion()))) as server:
         made = teacher(server.url, cache=str(tmp_path / "cache" / "replies"))
         assert made.complete(requests_(3)) == [Reply("so 2")] * 3
-    assert made.take_counts() == {"teacher/cache_failed": 3, "teacher/finished": 3, "teacher/requests": 3}
+    assert counted(made) == {"teacher/cache_failed": 3, "teacher/finished": 3, "teacher/requests": 3}
     assert capsys.readouterr().err.count("teacher.endpoint.cache: replies are not stored: ") == 1
 
 
@@ -207,7 +215,7 @@ def test_a_body_that_does_not_decode_is_asked_for_again():
     with serving(behave) as server:
         made = teacher(server.url)
         assert made.complete(requests_(3)) == [Reply("so 2")] * 3
-    counts = made.take_counts()
+    counts = counted(made)
     assert (counts["teacher/fault/connection"], counts["teacher/retries"], counts["teacher/requests"]) == (1, 1, 4)
     broken = (200, "{}", {"Content-Encoding": "gzip"})
     refused = pytest.raises(ValueError, match=r"teacher\.endpoint: .*: DecodingError")
@@ -232,7 +240,7 @@ def test_what_nobody_foresaw_in_one_request_is_that_request_s_error(monkeypatch)
     assert isinstance(error, TeacherError) and error.category == "unexpected"
     assert str(error) == "RuntimeError: no ***"
     expected = {"teacher/error/unexpected": 1, "teacher/fault/unexpected": 1}
-    assert made.take_counts() == {**expected, "teacher/finished": 2, "teacher/requests": 3}
+    assert counted(made) == {**expected, "teacher/finished": 2, "teacher/requests": 3}
 
 
 def test_a_cancellation_is_no_failure(monkeypatch):
@@ -252,7 +260,7 @@ def test_a_reply_without_a_count_of_tokens_is_a_reply(usage):
     with serving(lambda body, attempt: (200, json.dumps(answer))) as server:
         made = teacher(server.url, max_total_tokens=5)
         assert made.complete(requests_(2)) == [Reply("so 2")] * 2
-    assert made.take_counts() == {"teacher/finished": 2, "teacher/no_usage": 2, "teacher/requests": 2}
+    assert counted(made) == {"teacher/finished": 2, "teacher/no_usage": 2, "teacher/requests": 2}
 
 
 @pytest.mark.parametrize("text", ["", " \n", None])
@@ -263,7 +271,7 @@ def test_a_reply_without_text_is_empty(text, tokenizer):
         made = teacher(server.url, tokenizer=tokenizer)
         (error,) = made.complete(requests_(1))
     assert isinstance(error, TeacherError) and error.category == "empty"
-    assert made.take_counts() == {"teacher/error/empty": 1, "teacher/fault/empty": 1, "teacher/requests": 1}
+    assert counted(made) == {"teacher/error/empty": 1, "teacher/fault/empty": 1, "teacher/requests": 1}
 
 
 def test_the_server_says_how_long_to_wait():
@@ -365,7 +373,7 @@ def test_a_budget_that_is_spent_is_an_error_of_its_own(limit, message):
         assert len(server.seen) == 3
     assert replies[:3] == [Reply("so 2")] * 3
     assert {str(error) for error in replies[3:]} == {f"teacher.endpoint.{message} is spent"}
-    assert made.take_counts() == {"teacher/error/budget": 2, "teacher/finished": 3, "teacher/requests": 3}
+    assert counted(made) == {"teacher/error/budget": 2, "teacher/finished": 3, "teacher/requests": 3}
 
 
 def test_a_server_that_hangs_costs_its_own_requests_and_not_the_others():
@@ -555,7 +563,7 @@ def test_a_real_server_ends_by_itself_or_at_the_budget(vllm_server, monkeypatch)
     url, *_ = vllm_server
     made = teacher(url, temperature=1.0, max_tokens=150, request_timeout_s=60.0)
     replies = made.complete([Request(prompt(ids=(5, 6)), [70], "x", seed) for seed in range(40)])
-    counts = made.take_counts()
+    counts = counted(made)
     assert counts["teacher/finished"] + counts["teacher/unfinished"] == 40 == counts["teacher/requests"]
     assert counts["teacher/finished"] == sum(reply.finished for reply in replies) > 0 < counts["teacher/unfinished"]
     assert len({reply.text for reply in replies}) > 30  # each request has a seed of its own

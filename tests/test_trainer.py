@@ -4,6 +4,7 @@ import json
 import math
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 
 import pytest
 
@@ -153,6 +154,26 @@ def test_prompts_that_fill_the_context_are_skipped_and_counted(stack, tmp_path):
     for r in records(trainer):
         lengths.append(len(r["prompt_ids"]) + len(r["response_ids"]))
     assert max(lengths) <= 40 and metrics["data/skipped_long"] > 0
+
+
+def test_empty_responses_are_failures_that_cannot_be_repaired(stack, tmp_path, monkeypatch):
+    trainer = make(stack, tmp_path)
+    generate, end = trainer.engine.generate, trainer.tokenizer.eos_token_id
+    (newline,) = trainer.tokenizer.encode("\n", add_special_tokens=False)
+
+    def with_empty_ones(*arguments):
+        first, *others = generate(*arguments)
+        for i, ids in enumerate(([end], [newline, end])):
+            first[i] = replace(first[i], token_ids=ids, logprobs=[-1.0] * len(ids), weight_versions=())
+        return [first, *others]
+
+    monkeypatch.setattr(trainer.engine, "generate", with_empty_ones)
+    metrics = trainer.step()
+    assert metrics["scope/empty"] == 2 and metrics["prompts/dropped"] == 0
+    funnel(metrics)
+    written = records(trainer)
+    assert len(written) == 40 and [r["response_ids"] for r in written[:2]] == [[end], [newline, end]]
+    assert all(r["reward"] == 0.0 and r["repair"] is None and r["trained"] for r in written[:2])
 
 
 def test_two_minibatches_use_old_logprobs_and_stay_close_to_the_policy(stack, tmp_path):

@@ -21,7 +21,10 @@ class StepScorer(Protocol):
 
 
 class ExactScorer:
-    """The task's own checker: 1.0 where a step stands in the worked solution, else 0.0."""
+    """The task's own checker: 1.0 where a step stands in the worked solution, else 0.0.
+
+    A row that bears a task's name without what its working is made of gets no probability: prm/invalid counts it.
+    """
 
     def __init__(self, tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -31,7 +34,10 @@ class ExactScorer:
 
     def _check(self, trajectory: Trajectory) -> list[bool]:
         lines = [self._tokenizer.decode(trajectory.token_ids[a:b]).strip() for a, b in trajectory.steps]
-        return get_task(trajectory.prompt.task).check(trajectory.prompt.entry, lines)
+        try:
+            return get_task(trajectory.prompt.task).check(trajectory.prompt.entry, lines)
+        except ValueError:
+            return []
 
 
 class TokenClassifierScorer:

@@ -51,7 +51,7 @@ def _mixed(trajectory: Trajectory, advantage: float, loss: Loss) -> TrainSequenc
     kept, suffix = len(trajectory.token_ids), []
     if trajectory.repaired:
         kept, suffix = trajectory.repair.kept_tokens, trajectory.repair.suffix_ids
-    weight = loss.nll_coef * (advantage if loss.nll_weight == "advantage" else 1.0)
+    weight = loss.nll_coef * (max(advantage, 0.0) if loss.nll_weight == "advantage" else 1.0)
     n = len(suffix)
     return TrainSequence(
         prompt_ids=list(trajectory.prompt.ids),
