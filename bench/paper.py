@@ -38,6 +38,7 @@ QUICK = {
     "rollout.engine": "transformers", "evaluation.prompts": 4, "data.heldout": 16, "checkpoint.every": 2,
     "warm_start.student_steps": 5, "warm_start.batch_sequences": 16,
 }  # fmt: skip
+NO_OUTCOME = {"out", "cache", "checkpoint", "logging", "distributed"}  # sections that decide nothing of it
 # one thread each: runs side by side would only wait for each other
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
@@ -84,7 +85,7 @@ class Run:
     def key(self) -> str:
         """Of everything that decides the outcome but the code: a record of another key is not this run's."""
         of_start = {"warm_start", "rollout"} if self.arm == START else None  # an untrained student knows no method
-        settings = load(str(BASE), self.overrides).model_dump(include=of_start, exclude={"out", "cache"})
+        settings = load(str(BASE), self.overrides).model_dump(include=of_start, exclude=NO_OUTCOME)
         return digest(settings, "paper")
 
     def is_done(self) -> bool:
