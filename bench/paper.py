@@ -233,6 +233,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     found = paper_stats.read(run.record for run in (start, *every) if run.is_done())  # none of older settings
     summary = paper_stats.summarize(found, SPLITS)
+    args.results.mkdir(parents=True, exist_ok=True)
     (args.results / "paper_summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     for table in paper_stats.tables(summary):
         console.print(table)
