@@ -31,8 +31,8 @@ def claim_gpu() -> None:
     """
     if not under_torchrun():
         return
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    names = visible.split(",") if visible else [str(i) for i in range(ranks_per_node())]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")  # "": none, and it stays so
+    names = [str(i) for i in range(ranks_per_node())] if visible is None else visible.split(",")
     if len(names) > 1:
         local = int(os.environ["LOCAL_RANK"])
         if local >= len(names):

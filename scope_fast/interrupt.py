@@ -18,7 +18,8 @@ SAME_S = 2.0  # under torchrun: signals so close together are one, which came on
 
 
 class Interrupt:
-    """A context manager; inside it a first signal is remembered, and the next has the system's own effect.
+    """A context manager; inside it a first signal is remembered, and the next has the system's own effect
+    (with several ranks: the next that comes more than SAME_S later).
 
     A signal that was ignored before (as a shell does with Ctrl-C for jobs in the background) stays ignored. To be
     entered in the main thread, the only one Python delivers signals to.
@@ -26,6 +27,7 @@ class Interrupt:
 
     def __init__(self) -> None:
         self._received: signal.Signals | None = None
+        self._when = 0.0
 
     def __enter__(self) -> Interrupt:
         found = {number: signal.getsignal(number) for number in SIGNALS}

@@ -16,6 +16,7 @@ Multiple choice: `data.choices_column` holds the options (a list, or ARC's {"tex
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
@@ -118,7 +119,9 @@ def _get(raw: Any, dotted: str) -> Any:
 def _empty(value: Any) -> bool:
     if isinstance(value, str):
         return not value.strip()
-    return value is None or value != value or (isinstance(value, (list, dict)) and not value)  # NaN: a gap in a CSV
+    if isinstance(value, float):
+        return math.isnan(value)  # a gap in a CSV
+    return value is None or (isinstance(value, (list, dict)) and not value)
 
 
 def _row(raw: Any, where: str, number: int, columns: tuple[str, str], data: Data, task: str) -> Row:

@@ -325,9 +325,9 @@ def train(trainer: Trainer, start: Path | None, stack: ExitStack, interrupt: Int
     elif (out / "metrics.jsonl").exists():
         console.print(f"{out} was stopped before its first checkpoint: starting over")
     write = metrics_writer(config, -1 if start is None else trainer.done, stack)
-    if start is None and config.rollout.server_url is not None:
-        trainer.engine.update_weights(trainer.learner.model, 0)  # an earlier run may have left it others, or paused
     if start is None:
+        if config.rollout.server_url is not None:  # an earlier run may have left it other weights, or paused
+            trainer.engine.update_weights(trainer.learner.model, 0)
         write(0, {"eval/pass_rate_before": held_out(trainer, "before")}, show=False)
     if interrupt.requested():
         console.print("stopped before its next step: nothing to save")

@@ -68,7 +68,7 @@ def test_two_ranks_run_as_one_process_does(tmp_path):
 
 @pytest.mark.parametrize(
     ("visible", "world", "left"),
-    [(None, "4", "2"), ("4,5,6,7", "4", "6"), ("GPU-a", "4", "GPU-a"), (None, "1", None)],
+    [(None, "4", "2"), ("4,5,6,7", "4", "6"), ("GPU-a", "4", "GPU-a"), ("", "4", ""), (None, "1", None)],
 )
 def test_every_rank_sees_its_own_gpu_alone(visible, world, left, monkeypatch):
     """vLLM's engine of one GPU takes the first it sees."""
