@@ -33,6 +33,7 @@ ROOT = Path(__file__).parent.parent
 ARMS = Path(__file__).with_name("paper_arms.yaml")
 BASE = ROOT / "configs" / "paper.yaml"
 RESULTS = Path(__file__).with_name("results") / "paper"
+MODELS = RESULTS / "models"  # the student comes along: another machine would make one that rounds otherwise
 QUICK = {
     "steps": 2, "rollout.prompts_per_step": 4, "rollout.group_size": 4, "rollout.max_tokens": 32,
     "rollout.engine": "transformers", "evaluation.prompts": 4, "data.heldout": 16, "checkpoint.every": 2,
@@ -74,7 +75,7 @@ class Run:
 
     @property
     def overrides(self) -> list[tuple[str, str]]:
-        values = {**self.settings, "seed": self.seed, "out": str(self.folder)}
+        values = {"cache": str(MODELS), **self.settings, "seed": self.seed, "out": str(self.folder)}
         return [(key, yaml.safe_dump(value, default_flow_style=True).split("\n")[0]) for key, value in values.items()]
 
     @property
