@@ -6,10 +6,11 @@ from collections import Counter
 from random import Random
 from typing import Any
 
+from scope_fast import config as cfg
 from scope_fast.config import Config, Data
 from scope_fast.scope.trajectory import Prompt
 from scope_fast.sources import read_rows
-from scope_fast.tasks import GENERATED, TASKS, check_name, dataset
+from scope_fast.tasks import GENERATED, GENERATORS, TASKS, check_name, dataset
 
 TRAIN_SEEDS_APART = 1_000_000  # reasoning-gym draws entry i from seed + i: ranges of seeds must not overlap
 ROLES = ("user", "assistant")
@@ -80,6 +81,16 @@ class Table:
         self._epoch, self._order = -1, list[int]()
         self.tasks = sorted({row["task"] for row in rows})
 
+    def check_one_line(self) -> None:
+        """ValueError for an answer of several lines (GSM8K's is a whole solution), which no response's line equals."""
+        for row in (*self._rows, *self._heldout):
+            if row["task"] not in GENERATORS and "\n" in row["entry"]["answer"].strip():
+                raise ValueError(
+                    f"data.path: the answer of {row['id']} has several lines, and verifier.score compares with the "
+                    'one behind "Answer:", so no response could be right: leave the final answer alone in the '
+                    "column, name another (data.answer_column), or use a verifier.score that reads it"
+                )
+
     def row(self, i: int) -> dict[str, Any]:
         """Row i of the run, whatever was asked for before: i // rows is the epoch."""
         epoch, index = divmod(i, len(self._rows))
@@ -144,8 +155,9 @@ class PromptSource:
 
     counts: what was passed over since `take_counts`: the Encoder's data/skipped_long and data/skipped_short, and
     data/skipped_heldout (the same text as a held-out prompt).
-    Raises ValueError if no held-out prompt can be used, or if the teacher or the reward model of the configuration
-    works embedded tasks only and the rows are of others (trains=False: they are not asked, only held-out prompts are).
+    Raises ValueError if no held-out prompt can be used; if the teacher or the reward model of the configuration works
+    embedded tasks only and the rows are of others, or an answer is one that the default verifier can find in no
+    response (trains=False: neither is asked for, only held-out prompts are).
     """
 
     def __init__(self, config: Config, tokenizer, trains: bool = True) -> None:
@@ -155,6 +167,8 @@ class PromptSource:
         else:
             self._rows, where = Table(config.data, config.seed), "data.path"
             tasks = self._rows.tasks
+            if trains and config.verifier.score == cfg.Verifier().score:
+                self._rows.check_one_line()
         if trains:
             _check_workable(config, tasks, where)
         self._prompt = Encoder(config, tokenizer)

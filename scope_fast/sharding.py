@@ -16,7 +16,10 @@ Losses are sums whose weights carry the global counts, so gradients are SUMMED o
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -24,10 +27,11 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from scope_fast import distributed
 
 
-def make_mesh(shard_size: int | None = None) -> DeviceMesh:
+def make_mesh(shard_size: int | None = None, timeout_s: float = 1800.0) -> DeviceMesh:
     """All ranks in one mesh: 1-D, or (replicate, shard) where shard groups are smaller than the world (HSDP).
 
     shard_size: ranks that share one copy of the model; None: those of a node, so that only gradients leave it.
+    timeout_s: longest wait of a collective of the smaller groups, which do not inherit the default group's.
     Raises ValueError where the world is no multiple of it.
     """
     world = distributed.world_size()
@@ -37,7 +41,9 @@ def make_mesh(shard_size: int | None = None) -> DeviceMesh:
     kind = distributed.device().type
     if size == world:
         return init_device_mesh(kind, (world,), mesh_dim_names=("shard",))
-    return init_device_mesh(kind, (world // size, size), mesh_dim_names=("replicate", "shard"))
+    ranks, timeout = torch.arange(world).view(-1, size), timedelta(seconds=timeout_s)
+    mine = [dist.new_subgroups_by_enumeration(rows.tolist(), timeout)[0] for rows in (ranks.T, ranks)]
+    return DeviceMesh.from_group(mine, kind, mesh=ranks, mesh_dim_names=("replicate", "shard"))
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:

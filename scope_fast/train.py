@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
+import traceback
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -67,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(config: Config, resume: str, dry_run: bool, source: replay.Source | None) -> int:
-    """The command's exit status; what a person can understand and mend ends with a message alone."""
+    """The command's exit status; what a person can understand and mend ends with a message alone, others' with more."""
     try:
         if source is not None:
             return show_replay(config, source)
@@ -86,10 +87,18 @@ def run(config: Config, resume: str, dry_run: bool, source: replay.Source | None
         if isinstance(error, WriteFailed):
             console.print("what was saved before is whole: make room and run the same command again to go on from it")
         return 1
-    except (ValueError, FileNotFoundError, ImportError) as error:  # what is asked for cannot be: the message is enough
+    except (ValueError, FileNotFoundError, ImportError) as error:  # what is asked for cannot be
+        if not raised_here(error):
+            traceback.print_exc()
         say(error)
         return 2
     return 0
+
+
+def raised_here(error: Exception) -> bool:
+    """Whether this package raised it, with words for the person. A library's say little without the way to them."""
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    return raised_in.is_relative_to(Path(__file__).parent)
 
 
 def say(error: Exception) -> None:
@@ -234,7 +243,11 @@ def make_learner(config: Config, student) -> Learner:
         joint_normalizer=config.loss.nll_normalizer == "joint",
         backend=config.loss.backend,
         compute_dtype=DTYPES[config.model.dtype],
-        mesh=sharding.make_mesh(config.learner.shard_size) if distributed.world_size() > 1 else None,
+        mesh=(
+            sharding.make_mesh(config.learner.shard_size, config.distributed.timeout_s)
+            if distributed.world_size() > 1
+            else None
+        ),
     )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from fixtures.runs import result
 
 from scope_fast import distributed
 
@@ -50,7 +51,7 @@ def check_same_run(folder: Path, other: Path) -> None:
 
 
 def test_two_ranks_run_as_one_process_does(tmp_path):
-    two, one, mixed = tmp_path / "two", tmp_path / "one", tmp_path / "mixed"
+    two, one = tmp_path / "two", tmp_path / "one"
     done = run(TORCHRUN, "--steps", "2", "--out", str(two))
     assert done.stdout.count("held-out pass rate before") == 1  # one rank speaks
     command = [*TORCHRUN, "-m", "scope_fast.train", "--replay", f"{two}/rollouts.jsonl:2"]
@@ -59,11 +60,20 @@ def test_two_ranks_run_as_one_process_does(tmp_path):
     assert again.stdout.count("step 2 replayed: the same") == 1
     run([sys.executable], "--steps", "2", "--out", str(one))
     check_same_run(two, one)
-    shutil.copytree(two, mixed)  # what two ranks left after step 1 goes on in one process
-    for name in ("checkpoints/step_2", "export"):
-        shutil.rmtree(mixed / name)
+    # what two ranks left after step 1 goes on in one process, and on two ranks bit for bit
+    mixed, same = after_step_one(two, tmp_path / "mixed"), after_step_one(two, tmp_path / "same")
     assert "at step 1" in run([sys.executable], "--steps", "2", "--out", str(mixed)).stdout
     check_same_run(mixed, one)
+    assert "at step 1" in run(TORCHRUN, "--steps", "2", "--out", str(same)).stdout
+    assert result(same) == result(two)
+
+
+def after_step_one(finished: Path, copy: Path) -> Path:
+    """The run as a kill in its second step would have left it."""
+    shutil.copytree(finished, copy)
+    for name in ("checkpoints/step_2", "export"):
+        shutil.rmtree(copy / name)
+    return copy
 
 
 @pytest.mark.parametrize(

@@ -41,14 +41,16 @@ def killed_and_resumed(out: Path, kills: int, length_s: float, rng: random.Rando
     return hit, half_written
 
 
-def check_kills(unbroken_run, out: Path, kills: int, seed: int) -> None:
-    steps, weights, length_s = unbroken_run
+def check_kills(unbroken_run, out: Path, kills: int, seed: int) -> int:
+    """How many kills left a half-written checkpoint."""
+    steps, files, length_s = unbroken_run
     hit, half_written = killed_and_resumed(out, kills, length_s, random.Random(seed))
     print(f"{hit} of {kills} kills hit a living run, {half_written} left a half-written checkpoint")
-    got_steps, got_weights = result(out)
+    got_steps, got_files = result(out)
     assert got_steps == steps
-    assert got_weights == weights
+    assert got_files == files
     assert hit
+    return half_written
 
 
 def test_three_kills_change_nothing(unbroken_run, tmp_path):
@@ -57,7 +59,7 @@ def test_three_kills_change_nothing(unbroken_run, tmp_path):
 
 @pytest.mark.kill
 def test_twenty_kills_change_nothing(unbroken_run, tmp_path):
-    check_kills(unbroken_run, tmp_path / "run", kills=20, seed=20)
+    assert check_kills(unbroken_run, tmp_path / "run", kills=20, seed=20)
 
 
 def test_a_longer_run_goes_on_and_a_finished_one_is_left_alone(tmp_path):
@@ -70,10 +72,10 @@ def test_a_longer_run_goes_on_and_a_finished_one_is_left_alone(tmp_path):
     assert not (short / "export").exists()  # the shorter run's would pass for this one's
     finish(command(short, steps=4, **constant), tmp_path / "log")
     finish(command(long, steps=4, **constant), tmp_path / "log")
-    (extended, weights), (steps, expected) = result(short), result(long)
+    (extended, files), (steps, expected) = result(short), result(long)
     assert extended[2].pop("eval/pass_rate") >= 0.0  # the shorter run's own end
-    assert extended == steps and weights == expected
-    files = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in long.rglob("*") if path.is_file()}
+    assert extended == steps and files == expected
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in long.rglob("*") if path.is_file()}
     assert "nothing to do" in finish(command(long, steps=4, **constant), tmp_path / "log")
     again = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in long.rglob("*") if path.is_file()}
-    assert again == files
+    assert again == before

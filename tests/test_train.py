@@ -179,6 +179,13 @@ def test_an_unknown_model_ends_with_a_message(tmp_path, capsys):
     assert f"error: model.path: {nowhere} cannot be loaded: " in capsys.readouterr().out
 
 
+def test_a_library_s_error_comes_with_the_way_to_it(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "build", lambda config, stack: json.loads("{"))
+    assert train.main(["--out", str(tmp_path)]) == 2
+    printed = capsys.readouterr()
+    assert "error: Expecting property name" in printed.out and "in raw_decode" in printed.err
+
+
 def test_a_run_on_a_generator_that_is_not_embedded(tmp_path):
     """Any of reasoning-gym's, with models that are named: there is no working to make tiny ones from."""
     models = ["--model.path", "scope_fast/assets/student", "--prm.path", "scope_fast/assets/prm", "--method", "grpo"]

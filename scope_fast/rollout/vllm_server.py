@@ -116,7 +116,8 @@ class VllmServerEngine:
         with its seeds, so that the rollouts are an undisturbed run's (up to rounding: its batches may differ). Another
         death raises ServerDiedError.
     options.server_url: a server that runs already, from the same model folder, with `server_arguments` and the
-        environment of `server_process`; it is never restarted.
+        environment of `server_process`; it is never restarted. A sync that fails leaves it paused: what its weights
+        are then, neither old nor new, should answer nobody; the next sync resumes it.
     transfer: the trainer-side init object of a weight-transfer backend (transfer.py). Default: `ShmInit`.
 
     Weights may be switched IN FLIGHT: `update_weights` may be called from another thread while `generate` runs.
