@@ -30,11 +30,15 @@ def score(response: str, entry: dict[str, Any]) -> tuple[float, str | None]:
     LaTeX that cannot be read, or compared, is a wrong answer, whatever math-verify makes of it. A gold answer that is
     empty raises ValueError: no silent zero.
     """
-    gold, answer = gold_answer(entry), final_answer(response)
-    if answer is None:
+    gold, found = gold_answer(entry), final_answer(response)
+    if found is None:
         return 0.0, None
-    answer = canonical(answer)
-    return float(answer == gold or verify(_read(gold), _read(answer), timeout_seconds=None)), answer
+    tries = [canonical(found)]
+    if "," in gold:  # of several answers: the comma of 100,200 is then between two
+        tries.append(canonical(found.replace(",", ", ")))
+    equal = (t for t in tries if t == gold or verify(_read(gold), _read(t), timeout_seconds=None))
+    passed = next(equal, None)
+    return float(passed is not None), passed or tries[0]
 
 
 @lru_cache(maxsize=256)  # the responses of a group share their gold answer

@@ -36,14 +36,18 @@ Outcome = Reply | TeacherError
 class EndpointTeacher:
     """`Teacher` on a server. counts: since `take_counts`; the budget is a run's, those of a resumed run start anew.
 
-    The key comes from the environment, goes into one header, and is cut out of whatever the server sends back.
-    Raises ImportError without httpx.
+    The key comes from the environment, goes into one header, and is cut out of every error that the server or the
+    client words. Raises ImportError without httpx, ValueError for a key that no header can carry.
     """
 
     def __init__(self, config: cfg.Teacher, tokenizer, seed: int = 0) -> None:
         self._httpx = _httpx()
         self._config, self._server, self._seed = config, config.endpoint, seed
-        self._key = os.environ.get(self._server.key_variable, "")
+        self._key = os.environ.get(self._server.key_variable, "").strip()  # a mounted secret ends with its file
+        if not (self._key.isascii() and self._key.isprintable()):
+            raise ValueError(
+                f"teacher.endpoint.key_variable: {self._server.key_variable} holds what no HTTP header can carry"
+            )
         self.sends_tokens = _shares_tokenizer(self._server, tokenizer)
         self._route = "completions" if self.sends_tokens else "chat/completions"
         self._probe_ids = tokenizer.encode("1 + 1 = 2", add_special_tokens=False)
@@ -158,11 +162,11 @@ class EndpointTeacher:
             return TeacherError(f"no reply within {timeout_s:.3g} s", "timeout"), 0.0
         except self._httpx.RequestError as error:  # lost connections, and bodies that do not decode
             return TeacherError(self._clean(f"{type(error).__name__}: {error}"), "connection"), 0.0
-        text = self._clean(response.text)
         if response.status_code != 200:
+            text = self._clean(response.text)
             kind = {429: "rate_limit"}.get(response.status_code, "server" if response.status_code >= 500 else "refused")
             return TeacherError(f"HTTP {response.status_code}: {text[:200]}", kind), _seconds(response.headers)
-        return self._read(text), 0.0
+        return self._read(response.text), 0.0
 
     def _read(self, text: str) -> Outcome:
         """A reply of status 200."""

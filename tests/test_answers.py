@@ -140,6 +140,13 @@ def test_different_as_mathematics(score, answer, gold):
     assert score(f"\\boxed{{{answer}}}", {"answer": gold})[0] == 0.0
 
 
+def test_a_comma_between_two_answers_is_none_of_a_thousand(score):
+    """OlympiadBench's answers are lists, which `sources` joins with a comma."""
+    assert score(r"\boxed{100,200}", {"answer": "100, 200"}) == (1.0, "100, 200")
+    assert score(r"\boxed{100200}", {"answer": "100, 200"})[0] == 0.0
+    assert score(r"\boxed{100,200}", {"answer": "100200"}) == (1.0, "100200")
+
+
 @pytest.mark.parametrize("answer", [r"\frac{1}{", "}{", r"\\\\", "%", "\x00", "(" * 50, r"\sqrt" * 50, "中" * 50, "$"])
 def test_latex_that_cannot_be_read_is_a_wrong_answer(score, answer):
     assert score(f"Answer: {answer}", {"answer": "5"})[0] == 0.0

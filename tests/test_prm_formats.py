@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+import json
+
 import factories
 import pytest
 import tiny_prms
@@ -110,6 +112,15 @@ def test_generative_models_equal_their_logits_and_never_make_them(kind, fmt, tmp
         with torch.no_grad():
             plus = model(torch.tensor([encoded.ids])).logits[0][:, labels].softmax(-1)[:, 0]
         assert probs == pytest.approx(plus[encoded.rows].tolist(), abs=1e-5)
+
+
+def test_a_generative_model_that_rescales_its_logits_is_refused(tmp_path):
+    tiny_prms.causal(tmp_path, "math-shepherd")
+    config = json.loads((tmp_path / "config.json").read_text())
+    for name, value in {"logits_scaling": 8.0, "lm_head_multiplier": 0.5, "logit_scale": 0.1}.items():
+        (tmp_path / "config.json").write_text(json.dumps({**config, name: value}))
+        with pytest.raises(ValueError, match=f"prm.path: a model with {name} changes its logits"):
+            load("math-shepherd", tmp_path)
 
 
 def _no_vocabulary(real, vocab):

@@ -356,6 +356,25 @@ def test_the_server_s_own_words_are_passed_on_without_the_key(monkeypatch):
             made.check()
 
 
+def test_a_key_from_a_file_ends_with_a_line_break_and_is_no_secret_less(monkeypatch):
+    monkeypatch.setenv("TEST_TEACHER_KEY", f"{KEY}\n")
+    with serving(lambda body, attempt: (200, json.dumps(completion()))) as server:
+        assert teacher(server.url).complete(requests_(1)) == [Reply("so 2")]
+        assert server.headers[0]["Authorization"] == f"Bearer {KEY}"
+    monkeypatch.setenv("TEST_TEACHER_KEY", f"{KEY}\n{KEY}")
+    with pytest.raises(ValueError, match="TEST_TEACHER_KEY holds what no HTTP header can carry") as refused:
+        teacher("http://x/v1")
+    assert KEY not in str(refused.value)
+
+
+@pytest.mark.parametrize("key", ["1", "o", "text"])
+def test_a_short_key_is_not_cut_out_of_the_teacher_s_words(key, monkeypatch):
+    """A server of one's own takes any."""
+    monkeypatch.setenv("TEST_TEACHER_KEY", key)
+    with serving(lambda body, attempt: (200, json.dumps(completion("so 10 of text")))) as server:
+        assert teacher(server.url).complete(requests_(1)) == [Reply("so 10 of text")]
+
+
 def test_no_key_in_the_environment_sends_none(monkeypatch):
     monkeypatch.delenv("TEST_TEACHER_KEY", raising=False)
     with serving(lambda body, attempt: (200, json.dumps(completion()))) as server:

@@ -145,7 +145,7 @@ def rollout(prompts, trainer):
         prefix = length if i % 2 else 2
         completions.append(torch.randint(2, VOCAB, (length,), generator=r).tolist())
         segments.append([1] * prefix + [2] * (length - prefix))
-        logprobs.append([-5.0] * prefix + [float("nan")] * (length - prefix))
+        logprobs.append([-5.0] * length)  # the teacher's are no business of TRL's correction of the sampler
     prompt_ids = [trainer.processing_class(p)["input_ids"] for p in prompts]
     return {
         "prompt_ids": prompt_ids, "completion_ids": completions, "logprobs": logprobs, "scope_segment": segments,
@@ -200,9 +200,14 @@ def test_mixed_completions_give_the_loss_written_out(folder, tmp_path):
         with torch.no_grad():
             expected = expected_loss(model, trainer, batches)
         assert sum(loss for loss, _ in micro_batches) == pytest.approx(expected.item(), abs=1e-5)
+        for batch in batches:
+            students = batch["scope_segment"] == Segment.RL
+            assert torch.equal(~batch["sampling_per_token_logps"].isnan(), students | ~batch["completion_mask"].bool())
         ratios_moved.append(expected.item())
         assert all(int((b["scope_segment"] == kind).sum()) for b in batches for kind in (1, 2))
     assert ratios_moved[0] != pytest.approx(ratios_moved[1], abs=1e-3)
+    logged = [row["scope/loss_rl"] + row["scope/loss_nll"] for row in trainer.state.log_history if "loss" in row]
+    assert logged == pytest.approx(ratios_moved, abs=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ def jagged(rows):
     return torch.nested.as_nested_tensor([torch.as_tensor(row) for row in rows], layout=torch.jagged)
 
 
-def mixed_batch(segments, form="nested", batch_num_tokens=20, seed=0):
+def mixed_batch(segments, form="nested", batch_num_tokens=20, seed=0, masked_row=None):
     """A micro-batch as verl's engine passes it, its model output, and its per-token values by row."""
     r = torch.Generator().manual_seed(seed)
 
@@ -119,6 +119,8 @@ def mixed_batch(segments, form="nested", batch_num_tokens=20, seed=0):
     values["ref_log_prob"] = [-x.abs() for x in rows(RESPONSE)]
     mask = [torch.ones(n, dtype=torch.long) for n in RESPONSE]
     mask[2][-1] = 0
+    if masked_row is not None:
+        mask[masked_row][:] = 0
     tensors = {name: jagged(value) for name, value in values.items()} | {
         "response_mask": jagged(mask),
         "prompts": jagged([torch.zeros(n, dtype=torch.long) for n in PROMPT]),
@@ -241,6 +243,16 @@ def test_a_row_that_is_too_short_for_its_response_is_refused():
     short[2] = list(SEGMENTS[2][:4])  # a token that is masked out needs none
     data, output, _, _ = mixed_batch(short)
     assert torch.isfinite(ours.mixed_loss(config, output, data)[0])
+
+
+def test_a_row_that_fills_the_batch_brings_a_longer_list():
+    """verl fills a batch with masked copies of its first row, which keep that one's extra_fields."""
+    filled = [[*SEGMENTS[0], 1, 1, 1], *SEGMENTS[1:]]
+    losses = []
+    for segments in (filled, SEGMENTS):
+        data, output, _, _ = mixed_batch(segments, form="extra_fields", masked_row=0)
+        losses.append(ours.mixed_loss(actor(), output, data)[0])
+    assert torch.equal(*losses)
 
 
 @pytest.mark.parametrize("value", [-1, 3, 257, 1.5])

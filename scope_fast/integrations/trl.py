@@ -11,9 +11,10 @@ says which tokens are whose through one extra entry of its result,
 
     "scope_segment": one list per completion, one `Segment` per token (1 the student's, 2 the teacher's, 0 neither)
 
-and `logprobs` of the teacher's tokens may be NaN. Without that entry every completion token is the student's.
+and whatever its `logprobs` say of the teacher's tokens is read as NaN: their distance to the student's would be taken
+for the sampler's, and with it the gradient from the whole completion. Without that entry every token is the student's.
 
-What is private in TRL and used here is listed in HOOKS; its version and signatures are checked at import. Not
+The private methods of TRL used here are listed in HOOKS; its version and their signatures are checked at import. Not
 supported, refused by name: MoE auxiliary losses, DeepSpeed ZeRO-3, models whose logits are rescaled, adapters on the
 head. Run in the tests in one process on CPU; the wrapped forward is TRL's own extension point, so DDP and FSDP should
 behave as with TRL's head, but have not been run.
@@ -190,6 +191,30 @@ def _score(
     )
 
 
+def without_suffix_logprobs(rollout_func: Callable) -> Callable:
+    """`rollout_func`, with NaN for the log-probabilities of tokens that its "scope_segment" does not call the student's.
+
+    TRL corrects by the ratio of the trainer's to the sampler's probability, of whole sequences by default, and takes a
+    NaN for 1. Lists of another length than their segments are left for `segments` to refuse.
+    """
+
+    @functools.wraps(rollout_func)
+    def wrapped(prompts, trainer):
+        output = rollout_func(prompts, trainer)
+        if output.get("scope_segment") is None or output.get("logprobs") is None:
+            return output
+        pairs = zip(output["logprobs"], output["scope_segment"], strict=True)
+        return {**output, "logprobs": [_students(row, segment) for row, segment in pairs]}
+
+    return wrapped
+
+
+def _students(logprobs: list[Any], segment: list[int] | None) -> list[Any]:
+    if segment is None or len(segment) != len(logprobs):
+        return logprobs
+    return [value if kind == Segment.RL else float("nan") for value, kind in zip(logprobs, segment, strict=True)]
+
+
 def segments(inputs: list[dict[str, Any]], completion_mask: Tensor) -> Tensor:
     """(B, C) uint8 from the lists a rollout_func returned as "scope_segment"; masked tokens are ignored.
 
@@ -248,6 +273,8 @@ class ScopeGRPOMixin:
         if self.aux_loss_enabled:
             raise ValueError("output_router_logits=True: the MoE auxiliary loss is not supported by this head")
         self.scope_options = scope_options(self.args) if self.loss_type == "scope" else None
+        if self.scope_options is not None and self.rollout_func is not None:
+            self.rollout_func = without_suffix_logprobs(self.rollout_func)
         for model in (self.model, self.ref_model):
             if model is not None:
                 model = self.accelerator.unwrap_model(model)
@@ -295,8 +322,10 @@ class ScopeGRPOMixin:
         sums = self.accelerator.reduce(torch.stack([metrics[name] for name in names]), reduction="sum")
         rl, nll, rows, entropy, kl, clipped = sums.tolist()
         logged = self._metrics[mode]
-        logged["scope/loss_rl"].append(rl / self.accelerator.num_processes)
-        logged["scope/loss_nll"].append(nll / self.accelerator.num_processes)
+        # each micro-batch of an accumulated step holds a share of the loss, and TRL logs their mean
+        shares = self.current_gradient_accumulation_steps if mode == "train" else 1
+        logged["scope/loss_rl"].append(shares * rl / self.accelerator.num_processes)
+        logged["scope/loss_nll"].append(shares * nll / self.accelerator.num_processes)
         if rows:
             logged["entropy"].append(entropy / rows)
             logged["scope/kl_old"].append(kl / rows)

@@ -13,7 +13,8 @@ every worker train with `mixed_loss`, which reads one more entry of the batch,
     padded like `responses`, or lists; or lists of that name in an agent loop's `extra_fields`
 
 The student's tokens keep verl's own ppo_loss (policy loss, KL, entropy bonus); the teacher's add nll_coef times their
-weighted likelihood, aggregated by the same loss_agg_mode over the same global counts ("joint" in our words).
+weighted likelihood, aggregated by the same loss_agg_mode over the same global counts ("joint" in our words; but
+"seq-mean-token-mean" divides each sequence's two parts by their own numbers of tokens).
 
 `patch_fused_head()` puts `linear_logprob` in the place of verl's Triton head (use_fused_kernels=True with
 fused_kernel_options.impl_backend=triton); external_lib=scope_fast.integrations.verl_head does both.
@@ -166,7 +167,11 @@ def _segments(data: Any, mask: Tensor) -> Tensor:
     else:
         raise KeyError('the batch has no "scope_segment": one Segment per response token; without repairs use ppo_loss')
     if not isinstance(found, Tensor):
-        rows = [torch.tensor(list(row), dtype=torch.float64) for row in found]
+        if len(found) != len(mask):
+            raise ValueError(f"scope_segment: {len(found)} rows, expected {len(mask)}, like response_mask")
+        # the rows that verl adds to fill a batch are masked copies of another, with that one's longer list
+        trained = mask.any(1).tolist()
+        rows = [torch.tensor(list(row) if of else [], dtype=torch.float64) for row, of in zip(found, trained, strict=True)]
         found = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=torch.nan)
     found = found.to(mask.device, torch.float64)  # NaN: no segment there
     found = torch.nested.to_padded_tensor(found, torch.nan) if found.is_nested else found
