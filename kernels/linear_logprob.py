@@ -32,6 +32,8 @@ from .softmax import (
 TILE_BYTES = 1 << 30  # logits of a vocabulary tile in the backward
 STREAM_BYTES = 64 << 20  # the same in the streaming mode
 TILE_ALIGN = 256
+ROW_ALIGN = 128  # of chunks of rows: slices of the outputs start on 16 bytes, and matmuls have whole tiles
+MERGED_SPLITS = 16  # at a time: hundreds at once (few rows on many processors) do not fit into registers
 
 
 @triton.jit
@@ -119,16 +121,26 @@ def _merge_kernel(
 ):  # fmt: skip
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     live = t < num_rows
-    split = tl.arange(0, SPLITS)
-    at = partial + split.to(tl.int64)[None, :] * num_rows + t[:, None]
-    mask = live[:, None] & (split < num_splits)[None, :]
-    top, s, u = merged(
-        tl.load(at, mask=mask, other=LOWEST),
-        tl.load(at + plane, mask=mask, other=0.0),
-        tl.load(at + 2 * plane, mask=mask, other=0.0),
-        1,
-    )
-    z_target = tl.sum(tl.load(at + 3 * plane, mask=mask, other=0.0), 1)
+    top = tl.full([BLOCK_T], LOWEST, tl.float32)
+    s = tl.zeros([BLOCK_T], tl.float32)
+    u = tl.zeros([BLOCK_T], tl.float32)
+    z_target = tl.zeros([BLOCK_T], tl.float32)
+    for first in range(0, num_splits, SPLITS):
+        split = first + tl.arange(0, SPLITS)
+        at = partial + split.to(tl.int64)[None, :] * num_rows + t[:, None]
+        mask = live[:, None] & (split < num_splits)[None, :]
+        next_top, next_s, next_u = merged(
+            tl.load(at, mask=mask, other=LOWEST),
+            tl.load(at + plane, mask=mask, other=0.0),
+            tl.load(at + 2 * plane, mask=mask, other=0.0),
+            1,
+        )
+        z_target += tl.sum(tl.load(at + 3 * plane, mask=mask, other=0.0), 1)
+        new_top = tl.maximum(top, next_top)
+        shrink, next_shrink = tl.exp(top - new_top), tl.exp(next_top - new_top)
+        u = shrink * (u + (top - new_top) * s) + next_shrink * (next_u + (next_top - new_top) * next_s)
+        s = shrink * s + next_shrink * next_s
+        top = new_top
     token = tl.load(target + t, mask=live, other=0)
     log_s = tl.log(s)
     inside = (token >= 0) & (token < size)
@@ -150,7 +162,7 @@ def linear_logprob(
     chunk_tokens: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(logprob, entropy, logsumexp), each (T,), and state (2, T), in float32; chunk_tokens 0: the streaming mode."""
-    require_triton_dtype(hidden)
+    require_triton_dtype("hidden", hidden)
     bias = None if bias is None else bias.contiguous()
     temperature = narrow(temperature)
     if chunk_tokens == 0:
@@ -158,7 +170,7 @@ def linear_logprob(
     num_rows, size, device = hidden.shape[0], weight.shape[0], hidden.device
     kept = logit_dtypes(hidden.dtype, logits_dtype)
     if chunk_tokens < 0:
-        chunk_tokens = TILE_BYTES // (size * kept.itemsize)
+        chunk_tokens = max(1, TILE_BYTES // (size * kept.itemsize) // ROW_ALIGN) * ROW_ALIGN
     chunk_tokens = max(1, min(chunk_tokens, num_rows))
     outputs = _outputs(num_rows, device)
     logits, _ = logit_buffer(chunk_tokens, size, kept, kept, device)
@@ -217,7 +229,7 @@ def stream_stats(
     )  # fmt: skip
     _merge_kernel[(triton.cdiv(num_rows, 16),)](
         partial, target, *outputs, num_rows, size, partial.stride(0), num_splits,
-        BLOCK_T=16, SPLITS=triton.next_power_of_2(num_splits), num_warps=4, enable_fp_fusion=True,
+        BLOCK_T=16, SPLITS=MERGED_SPLITS, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return outputs
 

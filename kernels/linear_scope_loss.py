@@ -76,7 +76,7 @@ def linear_scope_loss(
     rows: ops.reference.Rows; options: ops.options.RowOptions; index (A,) int64, ascending; hidden (T, D), weight (V, D)
     and bias (V): bfloat16 or float32. A gradient that is not needed has shape (0,).
     """
-    require_triton_dtype(hidden)
+    require_triton_dtype("hidden", hidden)
     bias, index = None if bias is None else bias.contiguous(), index.contiguous()
     if chunk_tokens == 0:
         return _streaming(hidden, weight, bias, rows, index, options, needs)
@@ -90,7 +90,7 @@ def linear_scope_loss(
     grads = Gradients(hidden, weight, needs, dense=num_rows == hidden.shape[0], once=chunk_tokens >= num_rows)
     table = torch.empty(NUM_METRICS, num_rows, dtype=torch.float32, device=device)
     streams = kernel_streams(rows)
-    target, temperature = rows.target.contiguous(), narrow(rows.temperature)
+    target, temperature = rows.target.contiguous(), _temperature(rows)
     logits, dlogits = logit_buffer(chunk_tokens, size, kept, hidden.dtype, device)
     for first in range(0, num_rows, chunk_tokens):
         chunk = index[first : first + chunk_tokens]
@@ -145,11 +145,20 @@ class Gradients:
         return self.dhidden, self.dweight.to(self.dtype), self.dbias.to(self.dtype)
 
 
+def _temperature(rows) -> torch.Tensor | None:
+    """The stream, 1 where the row is ignored: there it may hold NaN, which 0 times the gradient would keep.
+
+    Here and not in the row kernel, which has no register left for it.
+    """
+    temperature = narrow(rows.temperature)
+    return None if temperature is None else temperature.masked_fill(rows.segment == 0, 1.0)
+
+
 def _streaming(hidden, weight, bias, rows, index, options, needs):
     """The same five results with no (C, V) scratch in the forward, and vocabulary tiles in the gradient."""
     dense = index.numel() == hidden.shape[0]
     x, part = (hidden, rows) if dense else (hidden.index_select(0, index), rows.take(index))
-    temperature = narrow(part.temperature)
+    temperature = _temperature(part)
     if temperature is None:
         one = torch.ones_like(part.loss_weight, dtype=torch.float32)
         temperature = torch.where(part.segment == 1, options.temperature, one)

@@ -1,6 +1,6 @@
 """scope_loss: one elementwise kernel, a row per lane, and the fold of its block sums.
 
-Reads at most 7 values and writes 2 (g, h) per row: 36 bytes, bound by memory and, below a million rows, by launches.
+Reads at most 8 values and writes 2 (g, h) per row: 37 bytes, bound by memory and, below a million rows, by launches.
 """
 
 import torch
@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from .rows import NUM_METRICS, kernel_streams, max_or_nan, reduce_table, row_terms
+from .softmax import require_triton_dtype
 
 BLOCK = 1024
 
@@ -44,6 +45,7 @@ def scope_loss(
     logprob: torch.Tensor, entropy: torch.Tensor | None, rows, options
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(loss, metrics (9,), g (T,), h (T,)) in float32; rows: ops.reference.Rows, options: ops.options.RowOptions."""
+    require_triton_dtype("logprob", logprob)
     num_rows, device = logprob.shape[0], logprob.device
     g, h = (torch.empty(num_rows, dtype=torch.float32, device=device) for _ in range(2))
     num_blocks = triton.cdiv(num_rows, BLOCK)

@@ -112,12 +112,15 @@ def write_dlogits(
 def logit_buffer(num_rows: int, size: int, logits: torch.dtype, operand: torch.dtype, device: torch.device):
     """(logits, dlogits), each (num_rows, size), rows strided, sharing memory: dlogits in the matmuls' dtype.
 
-    Of a wider dtype, the gradient is the upper half of its row of logits, so that writing backwards never overtakes.
+    Of a wider dtype, the gradient is the upper half of its row of logits, so that writing backwards never overtakes:
+    by the barrier of write_dlogits, which on AMD lets loads of other wavefronts pass, so there it has its own.
     """
     stride = triton.cdiv(size, ALIGN) * ALIGN
     buffer = torch.empty(num_rows, stride, dtype=logits, device=device)
     if logits == operand:
         return buffer[:, :size], buffer[:, :size]
+    if torch.version.hip:
+        return buffer[:, :size], torch.empty(num_rows, stride, dtype=operand, device=device)[:, :size]
     return buffer[:, :size], buffer.view(operand)[:, stride : stride + size]
 
 
@@ -141,6 +144,6 @@ def logit_dtypes(operand: torch.dtype, logits_dtype: str) -> torch.dtype:
     return torch.bfloat16 if operand == torch.bfloat16 and logits_dtype == "bfloat16" else torch.float32
 
 
-def require_triton_dtype(hidden: torch.Tensor) -> None:
-    if hidden.dtype == torch.float64:
-        raise ValueError("hidden is torch.float64: the triton backend takes bfloat16 and float32; use reference or cpu")
+def require_triton_dtype(name: str, tensor: torch.Tensor) -> None:
+    if tensor.dtype == torch.float64:
+        raise ValueError(f"{name} is torch.float64: the triton backend takes bfloat16 and float32; use reference")

@@ -11,6 +11,11 @@ import triton.language as tl
 from .compat import cast
 
 BLOCK = 8192
+NAMED = {  # what Triton copies; it casts between those that are no integers
+    torch.float64: tl.float64, torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16,
+    torch.int8: tl.int8, torch.int16: tl.int16, torch.int32: tl.int32, torch.int64: tl.int64,
+}  # fmt: skip
+WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @triton.jit
@@ -44,6 +49,11 @@ def copy(sources: list[torch.Tensor], targets: list[torch.Tensor]) -> None:
     """targets[i] (contiguous, of sources[i]'s shape) = sources[i], cast; all on one device."""
     groups: dict[tuple[torch.dtype, torch.dtype, bool], list[tuple[torch.Tensor, torch.Tensor]]] = {}
     for source, target in zip(sources, targets, strict=True):
+        if source.dtype == target.dtype and source.dtype not in NAMED:  # bytes, in words as wide as an element or half
+            source, target = (x.contiguous().view(-1).view(WORDS[min(8, x.dtype.itemsize)]) for x in (source, target))
+        elif not {source.dtype, target.dtype} <= NAMED.keys():
+            target.copy_(source)  # a cast that Triton does not have
+            continue
         if target.numel():
             source = source.contiguous()
             # a bucket may start in the middle of somebody's buffer
@@ -58,14 +68,6 @@ def copy(sources: list[torch.Tensor], targets: list[torch.Tensor]) -> None:
         if targets[0].is_cuda:
             table = table.pin_memory().to(targets[0].device, non_blocking=True)
         _copy_kernel[(num_blocks,)](
-            table, len(pairs), _element(source_dtype), _element(target_dtype), ALIGNED=aligned,
+            table, len(pairs), NAMED[source_dtype], NAMED[target_dtype], ALIGNED=aligned,
             BLOCK=BLOCK, num_warps=8, enable_fp_fusion=True,
         )  # fmt: skip
-
-
-def _element(dtype: torch.dtype) -> tl.dtype:
-    """Triton's name of a dtype; what it has no arithmetic for is copied as bytes of its width."""
-    named = {
-        torch.float64: tl.float64, torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16,
-    }  # fmt: skip
-    return named.get(dtype) or {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}[dtype.itemsize]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from opcases import (
     EXTREMES,
+    INTERPRETED,
     Case,
     Place,
     assert_no_worse,
@@ -324,3 +325,15 @@ def test_errors_name_the_argument():
     }.items():
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="of the interpreted kernel alone: on a GPU few rows are split as often")
+def test_triton_merges_more_splits_than_fit_at_once(monkeypatch):
+    from scope_fast.kernels import linear_logprob as kernel
+
+    monkeypatch.setattr(kernel, "num_processors", lambda device: 100)
+    case = make_case(T=3, V=40 * 32 + 5).to(torch.float32)
+    split = linear_logprob(case.hidden, case.weight, case.streams.target, chunk_tokens=0, backend="triton")
+    whole = linear_logprob(case.hidden, case.weight, case.streams.target, backend="reference")
+    for ours, expected in zip(split, whole, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)

@@ -266,6 +266,27 @@ def test_active_rows_given_or_found(place):
     assert all(torch.equal(found[1][k], given[1][k]) for k in METRIC_NAMES)
 
 
+@on_places
+@pytest.mark.parametrize("chunk_tokens", [4, 0])
+def test_an_ignored_row_that_the_caller_names_active_may_hold_garbage(place, chunk_tokens):
+    case = make_case(T=15, temperature=True)
+    s, idle = case.streams, case.streams.segment == 0
+    dirty = case.with_streams(
+        target=torch.where(idle, -100, s.target),
+        **{
+            name: torch.where(idle, math.nan, getattr(s, name))
+            for name in ("loss_weight", "temperature", "advantage", "old_logprob", "ref_logprob", "rollout_logprob")
+        },
+    )
+    results = []
+    for each in (case, dirty):
+        each = each.with_streams(active=torch.arange(15)).to(place.fine, place.device)
+        loss, _ = run(each, LossOptions(chunk_tokens=chunk_tokens), place)
+        results.append([loss, *gradients(loss, each)])
+    for clean, soiled in zip(*results, strict=True):
+        assert torch.equal(clean, soiled)
+
+
 # --- sums: the result does not depend on packing, micro-batches or the order of rows
 
 

@@ -37,6 +37,26 @@ def test_round_trip(place, dtype):
 
 
 @on_places
+@pytest.mark.parametrize(
+    ("source", "wire"),
+    [
+        (torch.float8_e4m3fn, None),
+        (torch.float8_e4m3fn, torch.bfloat16),
+        (torch.float32, torch.float8_e5m2),
+        (torch.complex64, None),
+        (torch.complex128, None),
+    ],
+)
+def test_dtypes_that_kernels_have_no_arithmetic_for(place, source, wire):
+    tensor = torch.tensor([1.0, 2.0, -0.5], device=place.device).to(source)
+    buffer, table = weight_bucket.pack([tensor, tensor[0]], wire, backend=place.backend)
+    for packed, back in zip((tensor, tensor[0]), weight_bucket.unpack(buffer, table), strict=True):
+        expected = packed.to(wire) if wire else packed
+        assert back.dtype == expected.dtype
+        assert torch.equal(back.to(torch.complex128), expected.to(torch.complex128))
+
+
+@on_places
 def test_layout_by_hand(place):
     a, b = torch.tensor([1.0, 2.0], device=place.device), torch.tensor([3.0], device=place.device)
     buffer, table = weight_bucket.pack([a, b], backend=place.backend)

@@ -96,7 +96,7 @@ def logprob_variants():
             }, launch  # fmt: skip
     yield linear_logprob._merge_kernel, "", {
         "partial": F32, "target": "*i64", **outputs, "num_rows": "i32", "size": "i32", "plane": "i32",
-        "num_splits": "i32", "BLOCK_T": 16, "SPLITS": 8,
+        "num_splits": "i32", "BLOCK_T": 16, "SPLITS": linear_logprob.MERGED_SPLITS,
     }, {"num_warps": 4}  # fmt: skip
 
 

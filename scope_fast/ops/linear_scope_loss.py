@@ -108,7 +108,10 @@ def _scaled(saved: Tensor, grad_loss: Tensor) -> Tensor:
     plain = type(grad_loss) is Tensor and grad_loss.device.type == "cpu" and not torch.compiler.is_compiling()
     if plain and grad_loss.item() == 1.0:
         return saved
-    return saved * grad_loss  # a 0-dim factor leaves the dtype alone, and is not rounded to it first
+    if saved.device.type == "cpu":
+        return saved * grad_loss  # a 0-dim factor leaves the dtype alone, and is not rounded to it first
+    # on a GPU it is: a dimension makes the product float32, rounded once as it is stored
+    return torch.mul(saved, grad_loss.reshape([1] * saved.dim()), out=torch.empty_like(saved))
 
 
 linear_scope_loss_op.register_autograd(_backward, setup_context=_setup_context)

@@ -86,7 +86,7 @@ def step_pool(
     backend: str | None = None,
     check: bool = False,
 ) -> StepPool:
-    """Probability of every step and the verdict on every rollout, from hidden (T, D) in any float dtype.
+    """Probability of every step and the verdict on every rollout, from hidden (T, D) in any float dtype (triton: bfloat16, float32).
 
     step_end (S,) int64: the row of hidden that scores each step. cu_steps (R+1,) int64: rollout i owns the steps
     cu_steps[i]:cu_steps[i+1]; it ascends from 0 to S. A rollout without steps has first_error 0 and pools 0.

@@ -1,7 +1,7 @@
 """scope_fast::weight_bucket_pack: many tensors in one flat byte buffer with a table, and back.
 
 For weight sync: each rank packs its local shards in the wire dtype, one collective moves the bucket, the receiver
-unpacks views. One launch and one message instead of one of each per parameter.
+unpacks views. A launch for a hundred tensors and one message, instead of one of each per parameter.
 """
 
 from __future__ import annotations

@@ -1,0 +1,93 @@
+"""What only a GPU can show of the linear ops: offsets beyond 32 bits, capture in a CUDA graph, no wait for the device."""
+
+import pytest
+import torch
+
+from scope_fast import LossOptions, TokenStreams, linear_logprob, linear_scope_loss
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+
+
+def problem(T: int, D: int, V: int, dtype: torch.dtype = torch.bfloat16):
+    """hidden, weight and streams of all kinds of rows; which of them are active is known, so nobody has to look."""
+    r = torch.Generator("cuda").manual_seed(0)
+    hidden = torch.randn(T, D, generator=r, device="cuda").to(dtype).requires_grad_()
+    weight = (torch.randn(V, D, generator=r, device="cuda") * D**-0.5).to(dtype).requires_grad_()
+    segment = (torch.arange(T, device="cuda") % 4).clamp(max=2).to(torch.uint8)
+    streams = TokenStreams(
+        torch.randint(0, V, (T,), generator=r, device="cuda"),
+        segment,
+        torch.full((T,), 1.0 / T, device="cuda"),
+        advantage=torch.randn(T, generator=r, device="cuda"),
+        active=segment.nonzero()[:, 0],
+    )
+    return hidden, weight, streams
+
+
+def step(hidden, weight, streams, **kwargs):
+    loss, metrics = linear_scope_loss(hidden, weight, streams, LossOptions(entropy_coef=0.01, **kwargs))
+    loss.backward()
+    return loss, metrics
+
+
+def take_gradients(*leaves):
+    gradients = [leaf.grad for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
+    return gradients
+
+
+def test_logits_of_more_than_two_to_the_31_elements():
+    T, D, V = 16640, 64, 152064  # in one chunk 2.5e9 logits, 10 GB
+    hidden, weight, streams = problem(T, D, V)
+    results = []
+    for chunk_tokens in (T, 1024):
+        loss, _ = step(hidden, weight, streams, chunk_tokens=chunk_tokens)
+        results.append((loss.detach(), *take_gradients(hidden, weight)))
+    for whole, chunked in zip(*results, strict=True):
+        assert whole.isfinite().all()
+        torch.testing.assert_close(whole, chunked, rtol=2e-2, atol=1e-6)  # matmuls of other shapes sum in other orders
+    last = slice(T - 64, T)
+    whole = linear_logprob(hidden, weight, streams.target, chunk_tokens=T).logprob[last]
+    alone = linear_logprob(hidden[last], weight, streams.target[last]).logprob
+    torch.testing.assert_close(whole, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_a_cuda_graph_replays_forward_and_backward():
+    hidden, weight, streams = problem(256, 128, 1000)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):  # kernels are compiled and workspaces made before the capture
+        for _ in range(3):
+            step(hidden, weight, streams)
+            take_gradients(hidden, weight)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured, _ = step(hidden, weight, streams)
+    in_graph = take_gradients(hidden, weight)
+    with torch.no_grad():
+        hidden.mul_(-0.5)
+    graph.replay()
+    loss, _ = step(hidden, weight, streams)
+    assert torch.equal(captured, loss)
+    for replayed, eager in zip(in_graph, take_gradients(hidden, weight), strict=True):
+        assert torch.equal(replayed, eager)
+
+
+@pytest.mark.parametrize("chunk_tokens", [-1, 64, 0])
+def test_nothing_waits_for_the_device(chunk_tokens):
+    hidden, weight, streams = problem(256, 128, 1000)
+    chunks = {} if chunk_tokens < 0 else {"chunk_tokens": chunk_tokens}
+    step(hidden, weight, streams, **chunks)  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss, _ = step(hidden, weight, streams, **chunks)
+        with torch.no_grad():
+            linear_logprob(hidden, weight, streams.target, **chunks)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert loss.isfinite()
