@@ -192,7 +192,7 @@ def test_no_usable_prompt_at_all(tmp_path):
 def test_an_answer_of_several_lines_suits_no_response(tmp_path):
     """GSM8K's are whole solutions."""
     path = jsonl(tmp_path / "rows.jsonl", [*ROWS, {"prompt": "why", "answer": "1 + 1 = 2\n#### 2"}])
-    with pytest.raises(ValueError, match="data.path: the answer of rows/11 has several lines"):
+    with pytest.raises(ValueError, match=r"data\.path: the answer of rows/11 has several lines"):
         source(path)
     scored = {"verifier.score": "scope_fast.math_answers:score"}
     assert source(path, **scored).heldout[1].entry["answer"].endswith("#### 2")

@@ -1,4 +1,4 @@
-"""What only a GPU can show of the linear ops: offsets beyond 32 bits, capture in a CUDA graph, no wait for the device."""
+"""What only a GPU can show of the linear ops: offsets beyond 32 bits, capture in a CUDA graph, no wait for it."""
 
 import pytest
 import torch

@@ -1,8 +1,7 @@
 """Published reward models: in their own template, at the rows of the steps, equal to the plain forward and to vLLM."""
 
-from dataclasses import replace
-
 import json
+from dataclasses import replace
 
 import factories
 import pytest

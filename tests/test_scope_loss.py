@@ -234,7 +234,7 @@ def test_errors_name_the_argument():
 def test_float64_is_computed_in_float64_or_refused(place):
     logprob, _, streams = make_rows(5, device=place.device)
     if place.backend == "triton":
-        with pytest.raises(ValueError, match="logprob is torch.float64: the triton backend takes"):
+        with pytest.raises(ValueError, match=r"logprob is torch\.float64: the triton backend takes"):
             scope_loss(logprob, streams, backend="triton")
     else:
         assert scope_loss(logprob, streams, backend=place.backend)[0].dtype == torch.float64

@@ -192,7 +192,7 @@ def _score(
 
 
 def without_suffix_logprobs(rollout_func: Callable) -> Callable:
-    """`rollout_func`, with NaN for the log-probabilities of tokens that its "scope_segment" does not call the student's.
+    """`rollout_func`, with NaN for the log-probability of every token that is not the student's by "scope_segment".
 
     TRL corrects by the ratio of the trainer's to the sampler's probability, of whole sequences by default, and takes a
     NaN for 1. Lists of another length than their segments are left for `segments` to refuse.

@@ -171,7 +171,8 @@ def _segments(data: Any, mask: Tensor) -> Tensor:
             raise ValueError(f"scope_segment: {len(found)} rows, expected {len(mask)}, like response_mask")
         # the rows that verl adds to fill a batch are masked copies of another, with that one's longer list
         trained = mask.any(1).tolist()
-        rows = [torch.tensor(list(row) if of else [], dtype=torch.float64) for row, of in zip(found, trained, strict=True)]
+        kept = (row if is_trained else () for row, is_trained in zip(found, trained, strict=True))
+        rows = [torch.tensor(list(row), dtype=torch.float64) for row in kept]
         found = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=torch.nan)
     found = found.to(mask.device, torch.float64)  # NaN: no segment there
     found = torch.nested.to_padded_tensor(found, torch.nan) if found.is_nested else found

@@ -86,12 +86,12 @@ def step_pool(
     backend: str | None = None,
     check: bool = False,
 ) -> StepPool:
-    """Probability of every step and the verdict on every rollout, from hidden (T, D) in any float dtype (triton: bfloat16, float32).
+    """Probability of every step and the verdict on every rollout, from hidden (T, D).
 
     step_end (S,) int64: the row of hidden that scores each step. cu_steps (R+1,) int64: rollout i owns the steps
     cu_steps[i]:cu_steps[i+1]; it ascends from 0 to S. A rollout without steps has first_error 0 and pools 0.
     A NaN probability counts as an error and shows as NaN in the pools. Inference only: nothing is differentiated.
-    backend="cuda" takes heads without a hidden layer.
+    backend="cuda" takes heads without a hidden layer, "triton" bfloat16 and float32, the others any float dtype.
 
     Raises ValueError for shapes and dtypes that disagree; check=True checks offsets and boundaries too (a host sync).
     """
