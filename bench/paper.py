@@ -145,6 +145,10 @@ def carry_out(run: Run, evaluation: Evaluation) -> None:
             "environment": environment("cpu"),
             "evaluations": evaluations,
             "metrics": paper_stats.series(rows),
+            "varieties": paper_stats.varieties(
+                map(json.loads, (run.folder / "rollouts.jsonl").open(encoding="utf-8")),
+                range(config.steps - config.steps // 8 + 1, config.steps + 1),
+            ),
         },
     )
 

@@ -15,6 +15,7 @@ CURVES = {
     "scope/near_miss_rate": "near-misses among the failures",
 }
 MAIN = ("grpo", "scope", "replace", "prm_reward", "sft")
+COLORS = {arm: f"C{i}" for i, arm in enumerate((*MAIN, START))}
 WINDOW = 5  # steps of the running mean
 
 
@@ -33,8 +34,9 @@ def draw(found: Records, folder: Path) -> list[Path]:
         for arm in arms:
             lines = [_smooth(record["metrics"][name]) for record in found[arm].values() if name in record["metrics"]]
             if lines:
-                axis.plot(np.mean(lines, axis=0), label=arm)
-                axis.fill_between(range(len(lines[0])), np.min(lines, axis=0), np.max(lines, axis=0), alpha=0.15)
+                low, high = np.min(lines, axis=0), np.max(lines, axis=0)
+                axis.plot(np.mean(lines, axis=0), label=arm, color=COLORS[arm])
+                axis.fill_between(range(len(low)), low, high, alpha=0.15, color=COLORS[arm])
         axis.set_title(label, fontsize=10)
         axis.set_xlabel("step")
     axes[0].legend(fontsize=8)
@@ -45,7 +47,7 @@ def draw(found: Records, folder: Path) -> list[Path]:
     for axis, (split, tasks) in zip(axes, SPLITS.items(), strict=True):
         for arm in (START, *arms):
             if arm in found:
-                axis.plot(*_pass_at_k(found[arm], tasks), marker="o", label=arm)
+                axis.plot(*_pass_at_k(found[arm], tasks), marker="o", label=arm, color=COLORS[arm])
         axis.set_title(f"pass@k, held-out problems {TITLES[split]}", fontsize=10)
         axis.set_xlabel("k")
     axes[0].legend(fontsize=8)

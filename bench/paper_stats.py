@@ -15,6 +15,8 @@ from statistics import fmean
 import numpy as np
 from rich.table import Table
 
+from scope_fast.diversity import distinct_n
+
 SERIES = (
     "reward/pass_rate", "sampling/entropy", "response/length", "diversity/distinct_1", "diversity/distinct_4",
     "scope/near_miss_rate", "scope/selected", "scope/accepted", "tokens/rollout", "tokens/teacher", "grad/norm",
@@ -39,6 +41,27 @@ def series(rows: list[dict]) -> dict[str, list[float | None]]:
     steps = [row for row in rows if "reward/pass_rate" in row]
     found = {name: [row.get(name) for row in steps] for name in SERIES}
     return {name: values for name, values in found.items() if any(value is not None for value in values)}
+
+
+def varieties(rollouts: Iterable[dict], steps: range) -> dict[str, float | None]:
+    """How the student's rollouts of `steps` differ by whether they are right, from the lines of rollouts.jsonl.
+
+    distinct-4 of the first two right and of the first two wrong rollouts of a prompt, and the share of different texts
+    among its right ones, each the mean over prompts that have two: distinct-4 of all counts mistakes as variety.
+    """
+    groups: dict[tuple[int, int], dict[bool, list[tuple[int, ...]]]] = {}
+    for row in rollouts:
+        if row["step"] in steps:
+            kinds = groups.setdefault((row["step"], row["group"]), {True: [], False: []})
+            kinds[row["reward"] > 0.5].append(tuple(row["response_ids"]))
+    right, wrong = ([group[kind] for group in groups.values() if len(group[kind]) > 1] for kind in (True, False))
+    found = {
+        "distinct_4 of two right": [distinct_n(texts[:2], 4) for texts in right],
+        "distinct_4 of two wrong": [distinct_n(texts[:2], 4) for texts in wrong],
+        "different texts of the right": [len(set(texts)) / len(texts) for texts in right],
+    }
+    defined = {name: [value for value in values if value is not None] for name, values in found.items()}
+    return {name: fmean(values) if values else None for name, values in defined.items()}
 
 
 def read(files: Iterable[Path]) -> Records:
@@ -158,6 +181,10 @@ def _training(records: dict[int, dict]) -> dict:
             result[f"{name} (sum)"] = fmean(sum(column) for column in columns)
         else:
             result[f"{name} (end)"] = fmean(fmean(column[-max(1, len(column) // 8) :]) for column in columns)
+    ends = [record["varieties"] for record in records.values() if "varieties" in record]
+    for name in ends[0] if ends else ():
+        if all(end[name] is not None for end in ends):
+            result[f"{name} (end)"] = fmean(end[name] for end in ends)
     return result
 
 

@@ -90,6 +90,24 @@ def test_values_and_differences_by_hand(tmp_path):
     assert "+0.100 [+0.100, +0.100]" in text_of(paper_stats.tables(summary))
 
 
+def test_varieties_by_hand():
+    def rollout(step, reward, *ids):
+        return {"step": step, "group": 0, "reward": reward, "response_ids": list(ids)}
+
+    rollouts = [
+        rollout(1, 1.0, 9, 9, 9, 9),  # of another step
+        rollout(2, 1.0, 1, 2, 3, 4),
+        rollout(2, 1.0, 1, 2, 3, 4),
+        rollout(2, 1.0, 5, 6, 7, 8),  # one more text, no part of the pair
+        rollout(2, 0.0, 1, 2, 3, 4, 5),  # the only wrong one
+        rollout(3, 0.0, 1, 2),
+        rollout(3, 0.0, 1, 2),  # without a 4-gram
+    ]
+    assert paper_stats.varieties(rollouts, range(2, 4)) == {
+        "distinct_4 of two right": 0.5, "distinct_4 of two wrong": None, "different texts of the right": 2 / 3,
+    }  # fmt: skip
+
+
 def test_intervals_cover_seeds_as_well_as_problems(tmp_path):
     """Problems all alike, seeds far apart: the width is the seeds'. Two seeds: a quarter of the draws has one alone."""
     found = written(
