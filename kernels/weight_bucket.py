@@ -49,7 +49,7 @@ def copy(sources: list[torch.Tensor], targets: list[torch.Tensor]) -> None:
     """targets[i] (contiguous, of sources[i]'s shape) = sources[i], cast; all on one device."""
     groups: dict[tuple[torch.dtype, torch.dtype, bool], list[tuple[torch.Tensor, torch.Tensor]]] = {}
     for source, target in zip(sources, targets, strict=True):
-        if source.dtype == target.dtype and source.dtype not in NAMED:  # bytes, in words as wide as an element or half
+        if source.dtype == target.dtype and source.dtype not in NAMED:  # moved as words
             source, target = (x.contiguous().view(-1).view(WORDS[min(8, x.dtype.itemsize)]) for x in (source, target))
         elif not {source.dtype, target.dtype} <= NAMED.keys():
             target.copy_(source)  # a cast that Triton does not have

@@ -33,7 +33,8 @@ def linear_scope_loss(
 
     hidden (T, D), weight (V, D), bias (V): bfloat16, float32 or (reference, cpu) float64, one dtype (under autocast:
     cast to autocast's). streams: (T,) each. Gradients of hidden, weight and bias are formed in this forward, for the
-    rows that can have one; without `streams.active` those are found at the price of one host sync.
+    rows that can have one; without `streams.active` those are found at the price of one host sync (two where there is
+    no advantage either).
 
     Returns the loss, a scalar in float32 (float64 for float64), and metrics, device scalars: sums over the active rows
     loss/rl, loss/nll, policy/rows, policy/entropy_sum, policy/kl_sum (k3 against old), policy/clipped,
