@@ -21,45 +21,50 @@ def kill(process: subprocess.Popen) -> bool:
     return alive
 
 
-def killed_and_resumed(out: Path, kills: int, length_s: float, rng: random.Random) -> tuple[int, int]:
-    """Runs to the end through `kills` kills: a third while a checkpoint is being written, the others at any moment of
-    an unbroken run's life. (How many hit a living run, how many found a checkpoint half-written.)"""
-    hit = half_written = 0
-    for number in range(kills):
-        log = out.with_suffix(f".{number}.log")
-        process = start(command(out, rollout__engine=ENGINE), log)
-        if number % 3 == 2:
+def killed_and_resumed(folder: Path, kills: int, length_s: float, rng: random.Random) -> tuple[list[Path], int]:
+    """Kills `kills` living runs, a third while a checkpoint is being written, the others at any moment of an unbroken
+    run's life; each goes on from there. Another begins when one reaches its end. (All of them, finished; how many kills
+    found a checkpoint half-written.)"""
+    runs, hit, half_written = [folder / "run0"], 0, 0
+    while hit < kills:
+        out = runs[-1]
+        process = start(command(out, rollout__engine=ENGINE), folder / "log")
+        if hit % 3 == 2:
             known = set(out.glob("checkpoints/.tmp-*"))
-            wait_for(lambda known=known: set(out.glob("checkpoints/.tmp-*")) - known, process)
-            time.sleep(rng.uniform(0.0, 0.02))
+            wait_for(lambda out=out, known=known: set(out.glob("checkpoints/.tmp-*")) - known, process)
+            time.sleep(rng.uniform(0.0, 0.005))
         else:
             end = time.monotonic() + rng.uniform(0.0, length_s)
             wait_for(lambda end=end: time.monotonic() > end, process)
-        hit += kill(process)
-        half_written += any(out.glob("checkpoints/.tmp-*"))
-    finish(command(out, rollout__engine=ENGINE), out.with_suffix(".last.log"))
-    return hit, half_written
+        if kill(process):
+            hit += 1
+            half_written += any(out.glob("checkpoints/.tmp-*"))
+        else:
+            assert process.returncode == 0, (folder / "log").read_text()[-3000:]
+            runs.append(folder / f"run{len(runs)}")
+    finish(command(runs[-1], rollout__engine=ENGINE), folder / "log")
+    return runs, half_written
 
 
-def check_kills(unbroken_run, out: Path, kills: int, seed: int) -> int:
+def check_kills(unbroken_run, folder: Path, kills: int, seed: int) -> int:
     """How many kills left a half-written checkpoint."""
     steps, files, length_s = unbroken_run
-    hit, half_written = killed_and_resumed(out, kills, length_s, random.Random(seed))
-    print(f"{hit} of {kills} kills hit a living run, {half_written} left a half-written checkpoint")
-    got_steps, got_files = result(out)
-    assert got_steps == steps
-    assert got_files == files
-    assert hit
+    runs, half_written = killed_and_resumed(folder, kills, length_s, random.Random(seed))
+    print(f"{kills} kills of {len(runs)} runs, {half_written} of them left a half-written checkpoint")
+    for out in runs:
+        got_steps, got_files = result(out)
+        assert got_steps == steps
+        assert got_files == files
     return half_written
 
 
 def test_three_kills_change_nothing(unbroken_run, tmp_path):
-    check_kills(unbroken_run, tmp_path / "run", kills=3, seed=4)
+    check_kills(unbroken_run, tmp_path, kills=3, seed=4)
 
 
 @pytest.mark.kill
 def test_twenty_kills_change_nothing(unbroken_run, tmp_path):
-    assert check_kills(unbroken_run, tmp_path / "run", kills=20, seed=20)
+    assert check_kills(unbroken_run, tmp_path, kills=20, seed=20)
 
 
 def test_a_longer_run_goes_on_and_a_finished_one_is_left_alone(tmp_path):
