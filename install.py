@@ -192,7 +192,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--venv", type=Path, help="default .venv, or .venv-verl with --verl")
     parser.add_argument("--dev", action="store_true", help="what the tests need too, Chromium included")
-    parser.add_argument("--extra", action="append", default=[], help="one more of pyproject.toml's, may be repeated")
     parser.add_argument("--verl", action="store_true", help="only what tests/test_verl.py needs")
     parser.add_argument("--force", action="store_true", help="install again even where nothing changed")
     options = parser.parse_args()
@@ -209,8 +208,7 @@ def main() -> None:
     stamp = {} if options.force else env.read_stamp()
     needs = digest([ROOT / "pyproject.toml", ROOT / "install.py"])
     built = digest([ROOT / "pyproject.toml", ROOT / "setup.py", *(p for p in (ROOT / "csrc").rglob("*.*"))])
-    of_dev = ["dev", "data", "eval", "trl"] if options.dev else []
-    extras = sorted({*stamp.get("extras", []), *of_dev, *options.extra})
+    extras = sorted({*stamp.get("extras", []), *(["dev", "data", "eval", "trl"] if options.dev else [])})
     if options.dev:
         install_chromium()
     if stamp.get("needs") != needs or extras != stamp.get("extras"):
