@@ -117,8 +117,11 @@ def test_training_gives_trls_own_losses(folder, tmp_path, loss_type):
         dict(loss_type="grpo", importance_sampling_level="sequence"),
         dict(loss_type="cispo", epsilon_high=2.0),
         dict(loss_type="dapo", entropy_coef=0.02, top_entropy_quantile=0.5),
+        dict(loss_type="sapo"),
+        dict(loss_type="luspo", importance_sampling_level="sequence"),
+        dict(loss_type="vespo"),
     ],
-    ids=["gspo", "cispo", "entropy"],
+    ids=["gspo", "cispo", "entropy", "sapo", "luspo", "vespo"],
 )
 def test_the_losses_trl_alone_has_run_on_our_head(folder, tmp_path, args):
     theirs = train(GRPOTrainer, folder, config(tmp_path, **args))
