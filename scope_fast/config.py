@@ -200,7 +200,10 @@ class Teacher(_Section):
     )
     endpoint: Endpoint = Endpoint()
     styles: list[Style] = Field(["plain"], min_length=1, description="of kind solver: one is drawn for every suffix")
-    keep_style: bool = Field(False, description="of kind solver: the style of the prefix's last step, where it has one")
+    keep_style: bool = Field(
+        True,
+        description="of kind solver: go on in the style of the prefix's last step, where it has one (bench/NOTES.md)",
+    )
     temperature: float = Field(0.0, ge=0)
     timeout_s: float = Field(60.0, gt=0, description="for all requests of a step together")
     max_tokens: Positive = Field(128, description="budget of a suffix; one that does not finish within it is rejected")
