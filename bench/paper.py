@@ -134,6 +134,9 @@ def carry_out(run: Run, evaluation: Evaluation) -> None:
         command("scope_fast.evaluate", str(run.folder), *asked, log=run.log)
         evaluations[step] = json.loads(result.read_text())["benchmarks"]
     rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    with (run.folder / "rollouts.jsonl").open(encoding="utf-8") as rollouts:
+        last = range(config.steps - config.steps // 8 + 1, config.steps + 1)
+        varieties = paper_stats.varieties(map(json.loads, rollouts), last)
     write_record(
         run.record,
         {
@@ -145,10 +148,7 @@ def carry_out(run: Run, evaluation: Evaluation) -> None:
             "environment": environment("cpu"),
             "evaluations": evaluations,
             "metrics": paper_stats.series(rows),
-            "varieties": paper_stats.varieties(
-                map(json.loads, (run.folder / "rollouts.jsonl").open(encoding="utf-8")),
-                range(config.steps - config.steps // 8 + 1, config.steps + 1),
-            ),
+            "varieties": varieties,
         },
     )
 

@@ -56,12 +56,19 @@ RESCALED_LOGITS = {  # configuration fields of models that change the head's out
 }
 
 
+def rescaled_logits(model: nn.Module) -> str | None:
+    """The configuration field by which a model changes what its head gives, if there is one."""
+    config = model.config.get_text_config()
+    changes = (name for name, neutral in RESCALED_LOGITS.items() if getattr(config, name, None) not in (None, neutral))
+    return next(changes, None)
+
+
 def check_model(model: nn.Module) -> None:
     """Refuses, by name, models whose logits are not hidden @ weight.T (+ bias): the fused head would be wrong."""
-    name, config = type(model).__name__, model.config.get_text_config()
-    for field, neutral in RESCALED_LOGITS.items():
-        if getattr(config, field, None) not in (None, neutral):
-            raise ValueError(f"{name}: {field}={getattr(config, field)} is not supported by the fused head")
+    name = type(model).__name__
+    if field := rescaled_logits(model):
+        value = getattr(model.config.get_text_config(), field)
+        raise ValueError(f"{name}: {field}={value} is not supported by the fused head")
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear:
         raise ValueError(f"{name}: the output head is a {type(head).__name__}, expected nn.Linear")

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from scope_fast import attention
-from scope_fast.learner import RESCALED_LOGITS
+from scope_fast.learner import rescaled_logits
 from scope_fast.ops.step_pool import PrmHead
 from scope_fast.prm.formats import Encoded, Format, QwenFormat, RlhflowFormat, ShepherdFormat
 from scope_fast.prm.scorers import packed_scores, scores_of_those_that_fit
@@ -71,9 +71,8 @@ def load(kind: str, folder: str, student, dtype: torch.dtype, device: torch.devi
         return InProcessScorer(student, fmt, body, head, token_budget)
     model = AutoModelForCausalLM.from_pretrained(folder, **how).to(device)
     lm_head = model.get_output_embeddings()
-    for name, neutral in RESCALED_LOGITS.items():
-        if getattr(model.config.get_text_config(), name, None) not in (None, neutral):
-            raise ValueError(f"prm.path: a model with {name} changes its logits after the head")
+    if field := rescaled_logits(model):
+        raise ValueError(f"prm.path: a model with {field} changes its logits after the head")
     if getattr(lm_head, "bias", None) is not None:
         raise ValueError("prm.path: a language model head with a bias is not supported")
     head = PrmHead.from_lm_head(lm_head.weight, fmt.negative_id, fmt.positive_id)
