@@ -65,7 +65,8 @@ def native_extension():
         sources=SOURCES + (CUDA_SOURCES if with_cuda else []),
         include_dirs=[str(ROOT / "csrc")],
         define_macros=[("SCOPE_FAST_WITH_CUDA", "1")] if with_cuda else [],
-        extra_compile_args={"cxx": ["-O3", "-g0", "-Wno-psabi", *openmp], "nvcc": ["-O3"]},
+        # std::bit_cast; the oldest supported torch compiles as C++17 unless asked
+        extra_compile_args={"cxx": ["-std=c++20", "-O3", "-g0", "-Wno-psabi", *openmp], "nvcc": ["-std=c++20", "-O3"]},
         extra_link_args=openmp,
     )
     return {"ext_modules": [extension], "cmdclass": {"build_ext": OptionalBuild}}
