@@ -285,6 +285,9 @@ class Learner(_Section):
     liger: bool = Field(False, description="liger-kernel's RMSNorm, RoPE and SwiGLU (CUDA only)")
     shard_size: Positive | None = Field(None, description="ranks that share one copy of the model; None: a node's")
     cpu_offload: bool = Field(False, description="sharded weights and optimiser state live in host memory")
+    peak_tflops: float | None = Field(
+        None, gt=0, description="of one device, for perf/mfu; None: the data sheet's of a GPU known by name (flops.py)"
+    )
 
 
 class Evaluation(_Section):

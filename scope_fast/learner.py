@@ -41,6 +41,7 @@ from scope_fast.batch import (
     split,
 )
 from scope_fast.config import Learner as LearnerConfig
+from scope_fast.flops import model_flops, peak_tflops
 from scope_fast.losses import linear_scope_loss
 from scope_fast.ops.linear_logprob import linear_logprob
 
@@ -136,6 +137,8 @@ class Learner:
         lower = compute_dtype != torch.float32 and mesh is None  # sharded weights are cast as they are gathered
         device_type = next(model.parameters()).device.type if mesh is None else mesh.device_type
         autocast = partial(torch.autocast, device_type, compute_dtype, enabled=lower)
+        self.flops = model_flops(model)
+        self.peak_tflops = config.peak_tflops or peak_tflops(torch.device(device_type), compute_dtype)
         frozen = copy.deepcopy(model).requires_grad_(False) if options.kl_coef else None
         sharding.checkpoint_activations(model, config.activation_checkpointing)
         self.objective = Objective(model, options, backend, autocast)
@@ -165,13 +168,16 @@ class Learner:
 
         Returns loss/rl, loss/nll, loss/total and grad/norm (means over the optimiser steps), policy/* and
         sampling/logprob_gap where they are defined, tokens/trained and tokens/skipped (zero-gradient rows),
-        learner/skipped_updates: optimiser steps left out because their loss or gradient was not finite, and
-        learner/out_of_memory: halvings of the token budget.
+        learner/skipped_updates: optimiser steps left out because their loss or gradient was not finite,
+        learner/out_of_memory: halvings of the token budget, and perf/model_flops of the updates' own passes (what only
+        scores does not count), where the architecture's are known.
         """
         halvings = self.halvings
         packed = [self._pack(sequences) for sequences in minibatches]
         trained = sum(len(batch.streams) for minibatch in packed for batch in minibatch)
         wanted = sum(s != Segment.IGNORE for minibatch in minibatches for q in minibatch for s in q.segment)
+        work = {} if self.flops is None else {"perf/model_flops": self.config.epochs * self._work(packed)}
+        packed = [[batch.to(self.device) for batch in minibatch] for minibatch in packed]
         on_policy = len(packed) == 1 and self.config.epochs == 1
         score = partial(self._scored, on_policy=on_policy)
         packed = [self._within_memory(score, minibatch) for minibatch in packed]
@@ -181,7 +187,7 @@ class Learner:
             norms.append(self._step(minibatch, totals))
         if not on_policy and totals:  # measured before the updates: afterwards it would show how far they went
             totals["sampling/gap_max"] = max(_gap(batch.streams) for minibatch in packed for batch in minibatch)
-        totals |= {"tokens/trained": trained, "tokens/wanted": wanted}
+        totals |= {"tokens/trained": trained, "tokens/wanted": wanted} | work
         totals = _merged(distributed.gather(dict(totals)))
         finite = [norm for norm in norms if math.isfinite(norm)]
         return {
@@ -192,18 +198,23 @@ class Learner:
             "learner/out_of_memory": self.halvings - halvings,
             "tokens/trained": totals["tokens/trained"],
             "tokens/skipped": totals["tokens/wanted"] - totals["tokens/trained"],
+            **{name: totals[name] for name in work},
         }
 
     def _pack(self, sequences: list[TrainSequence]) -> list[MicroBatch]:
-        """This rank's micro-batches of one optimiser step, weighted by all ranks' counts, as many as on any rank."""
+        """This rank's micro-batches of one optimiser step, weighted by all ranks' counts, as many as on any rank; on
+        the host."""
         segments = [s for q in sequences for s in q.segment]
         counts = distributed.gather((segments.count(Segment.RL), segments.count(Segment.NLL)))
         rl, nll = (sum(column) for column in zip(*counts, strict=True))
         nll_count = rl + nll if self.joint_normalizer else nll
         batches = pack(sequences, self.token_budget, self.options, max(rl, 1), max(nll_count, 1))
         most = max(distributed.gather(len(batches)))
-        batches += [empty_micro_batch() for _ in range(most - len(batches))]
-        return [batch.to(self.device) for batch in batches]
+        return batches + [empty_micro_batch() for _ in range(most - len(batches))]
+
+    def _work(self, packed: list[list[MicroBatch]]) -> int:
+        """Model FLOPs of one epoch over micro-batches on the host; those that keep step with other ranks do none."""
+        return sum(self.flops.of(batch) for minibatch in packed for batch in minibatch if len(batch.streams))
 
     def _step(self, batches: list[MicroBatch], totals: dict[str, float]) -> float:
         """Gradients of all micro-batches, clipped and applied if they are finite; their norm before clipping.

@@ -218,6 +218,9 @@ class Trainer:
         for name in ("sampling/entropy", "sampling/staleness"):  # means over tokens
             result[name] /= max(result["tokens/rollout"], 1)
         result["perf/tokens_per_s"] = result["tokens/rollout"] / result["time/step_s"]
+        if "perf/model_flops" in result and self.learner.peak_tflops:
+            possible = result["time/learn_s"] * distributed.world_size() * self.learner.peak_tflops * 1e12
+            result["perf/mfu"] = result["perf/model_flops"] / possible
         return result
 
     def _sums(self, groups: list[Group], chosen: Group) -> dict[str, float]:

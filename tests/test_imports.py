@@ -30,7 +30,7 @@ LEVELS = [
         "loading",
         "attention",
     },
-    {"config", "ops", "answers", "checkpoint", "sharding", "health", "interrupt"},
+    {"config", "ops", "answers", "checkpoint", "sharding", "health", "interrupt", "flops"},
     {"losses", "scope", "rollout", "metrics", "math_answers", "sources", "suite"},
     {"__init__", "learner", "teacher", "data", "records", "report", "scorecard", "plan"},
     {"prm", "sampler"},

@@ -20,13 +20,15 @@ ALWAYS = [
     "diversity/distinct_1", "diversity/distinct_4", "diversity/unique_answers", "verifier/timeouts", "prm/invalid",
     "teacher/errors", "sync/weight_version", "time/generate_s", "time/verify_s", "time/prm_s", "time/teacher_s",
     "time/learn_s", "time/sync_s", "time/step_s", "tokens/rollout", "tokens/trained", "tokens/skipped",
-    "perf/tokens_per_s", "sampling/entropy",
+    "perf/tokens_per_s", "perf/model_flops", "perf/mfu", "sampling/entropy",
 ]  # fmt: skip
 WITH_POLICY_ROWS = [
     "policy/clip_fraction", "policy/entropy", "policy/kl", "policy/ratio_max", "sampling/logprob_gap",
 ]  # fmt: skip
 LOCALISED = ["scope/near_miss_rate", "scope/prefix_ratio", "scope/first_error"]
+PEAK_TFLOPS = 0.25
 SMALL = ["--rollout.prompts_per_step", "8", "--evaluation.prompts", "8", "--evaluation.samples", "1"]
+SMALL += ["--learner.peak_tflops", str(PEAK_TFLOPS)]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
@@ -68,6 +70,8 @@ def test_every_method_leaves_a_whole_run_directory(method, tmp_path, capsys):
         assert record["scope/selected"] == record["scope/repaired"] + record["teacher/errors"]
         assert record["scope/repaired"] == record["scope/accepted"] + record["scope/rejected"]
         assert record["sync/weight_version"] == record["step"]
+        done = record["perf/mfu"] * PEAK_TFLOPS * 1e12 * record["time/learn_s"]
+        assert done == pytest.approx(record["perf/model_flops"]) and done > 0
         if record["scope/failed"]:
             assert not set(LOCALISED) - set(record)
         if method in ("scope", "grpo", "replace") and record["loss/rl"] != 0.0:
