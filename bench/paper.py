@@ -27,7 +27,7 @@ from rich.console import Console
 from bench import paper_plots, paper_stats
 from bench.environment import environment
 from bench.paper_stats import SPLITS, START
-from scope_fast.config import digest, load
+from scope_fast.config import load
 
 ROOT = Path(__file__).parent.parent
 ARMS = Path(__file__).with_name("paper_arms.yaml")
@@ -82,15 +82,28 @@ class Run:
     def log(self) -> Path:
         return self.folder.with_name(f"{self.folder.name}.log")
 
-    @property
-    def key(self) -> str:
-        """Of everything that decides the outcome but the code: a record of another key is not this run's."""
+    def config(self, **options) -> dict[str, object]:
+        """Everything that decides the outcome but the code, by dotted key; options: of pydantic's model_dump."""
         of_start = {"warm_start", "rollout"} if self.arm == START else None  # an untrained student knows no method
-        settings = load(str(BASE), self.overrides).model_dump(include=of_start, exclude=NO_OUTCOME)
-        return digest(settings, "paper")
+        options |= {"mode": "json", "include": of_start, "exclude": NO_OUTCOME}
+        return dotted(load(str(BASE), self.overrides).model_dump(**options))
 
     def is_done(self) -> bool:
-        return self.record.exists() and json.loads(self.record.read_text())["key"] == self.key
+        """Whether its record is there and of these settings. A key that the record's time did not know decided then
+        what its default decides now."""
+        if not self.record.exists():
+            return False
+        kept, now = json.loads(self.record.read_text())["config"], self.config()
+        new = self.config(exclude_defaults=True).keys() - kept.keys()
+        return not new and all(name in now and now[name] == value for name, value in kept.items())
+
+
+def dotted(settings: dict, prefix: str = "") -> dict[str, object]:
+    """Nested settings by dotted key."""
+    found: dict[str, object] = {}
+    for name, value in settings.items():
+        found |= dotted(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
 
 
 def runs_of(arms: dict, names: list[str], seeds: int | None, out: Path, records: Path, extra: dict) -> list[Run]:
@@ -142,7 +155,7 @@ def carry_out(run: Run, evaluation: Evaluation) -> None:
         {
             "arm": run.arm,
             "seed": run.seed,
-            "key": run.key,
+            "config": run.config(),
             "settings": run.settings,
             "steps": config.steps,
             "environment": environment("cpu"),
@@ -161,7 +174,7 @@ def evaluate_start(run: Run, evaluation: Evaluation) -> None:
     asked = ["tiny", *evaluation.arguments(), "--json", str(result), f"--cache={config.cache}", *overrides]
     command("scope_fast.evaluate", *asked, log=run.log)
     benchmarks = json.loads(result.read_text())["benchmarks"]
-    record = {"arm": START, "key": run.key, "environment": environment("cpu"), "evaluations": {0: benchmarks}}
+    record = {"arm": START, "config": run.config(), "environment": environment("cpu"), "evaluations": {0: benchmarks}}
     write_record(run.record, record)
 
 
@@ -237,6 +250,9 @@ def main(argv: list[str] | None = None) -> int:
         console.print(paper_stats.tuning_table([json.loads(run.record.read_text()) for run in runs if run.is_done()]))
         return 0
     found = paper_stats.read(run.record for run in (start, *every) if run.is_done())  # none of older settings
+    if found.keys() <= {START}:
+        console.print(f"{records}: no record of any arm under the settings of now", markup=False)
+        return 1
     summary = paper_stats.summarize(found, SPLITS)
     args.results.mkdir(parents=True, exist_ok=True)
     (args.results / "paper_summary.json").write_text(json.dumps(summary, indent=1) + "\n")

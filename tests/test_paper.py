@@ -25,10 +25,10 @@ def test_every_arm_is_a_valid_configuration_that_changes_what_it_says(tmp_path):
         assert config.warm_start.model_copy(update={"teacher_steps": 300}) == base.warm_start  # one student for all
         assert (config.rollout, config.data, config.steps) == (base.rollout, base.data, base.steps)
         assert config.seed == run.seed
-    assert len({run.key for run in runs}) == len(runs)
+    assert len({str(run.config()) for run in runs}) == len(runs)
     assert [run.seed for run in runs[: len(spec["arms"])]] == [0] * len(spec["arms"])  # seed by seed
     tuned = paper.tuning_runs(spec, list(spec["arms"]), tmp_path, tmp_path, {})
-    assert len(tuned) == 20 and len({run.key for run in tuned}) == 20
+    assert len(tuned) == 20 and len({str(run.config()) for run in tuned}) == 20
     assert {len(tries) for tries in spec["tuning"]["tries"].values()} == {4}  # equal effort for every arm
     assert {run.seed for run in tuned}.isdisjoint(range(5))
 
@@ -36,9 +36,25 @@ def test_every_arm_is_a_valid_configuration_that_changes_what_it_says(tmp_path):
 def test_a_record_of_other_settings_is_none(tmp_path):
     run = paper.Run("scope", 0, {}, tmp_path / "run", tmp_path / "scope_seed0.json")
     assert not run.is_done()
-    paper.write_record(run.record, {"key": run.key})
+    paper.write_record(run.record, {"config": run.config()})
     assert run.is_done()
     assert not paper.Run("scope", 0, {"learner.lr": 1e-4}, run.folder, run.record).is_done()
+    older = {name: value for name, value in run.config().items() if name != "learner.shard_size"}  # new since then
+    paper.write_record(run.record, {"config": older})
+    assert run.is_done()
+    assert not paper.Run("scope", 0, {"learner.shard_size": 2}, run.folder, run.record).is_done()
+    paper.write_record(run.record, {"config": {**run.config(), "learner.of_old": 1}})
+    assert not run.is_done()
+
+
+def test_the_committed_records_are_of_the_settings_of_now(tmp_path):
+    """All figures of README's comparison: a change of the configuration that orphans them must not pass unseen."""
+    spec = yaml.safe_load(paper.ARMS.read_text())
+    arms = list(spec["arms"])
+    runs = [paper.Run(paper.START, 0, {}, tmp_path, paper.RESULTS / f"{paper.START}.json")]
+    runs += paper.runs_of(spec["arms"], arms, None, tmp_path, paper.RESULTS, {})
+    runs += paper.tuning_runs(spec, arms, tmp_path, paper.RESULTS, {})
+    assert [run.record.name for run in runs if not run.is_done()] == []
 
 
 def record(arm, seed, **by_task):
