@@ -3,30 +3,33 @@
 Sequences lie one behind the other in a batch of one row and are told apart by their position_ids, which start at 0 in
 each. flash-attn reads their lengths. SDPA takes a block-diagonal mask and computes all of it, L^2 for a row of L
 tokens, masked or not; `packed_sdpa` calls it once for each sequence, causal and without a mask: the sum of the squares.
+It must know the lengths on the host, for which a GPU is asked once a micro-batch.
 """
 
 from __future__ import annotations
 
 from importlib.util import find_spec
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from scope_fast.batch import sequence_lengths
 
 PACKED = "packed_sdpa"
+_lengths = WeakIdKeyDictionary()  # by the position_ids that all layers of a forward, and its recomputation, are given
 
 
 def implementation(kind: str = "auto") -> str:
     """The attention implementation transformers is asked for.
 
-    "auto": flash-attn where it can run, `packed_sdpa` on CPU, else "sdpa" (a GPU would have to tell the lengths to the
-    host in every layer). ValueError where "flash_attention_2" cannot run.
+    "auto": flash-attn where it can run, else `packed_sdpa`. ValueError where "flash_attention_2" cannot run.
     """
     usable = torch.cuda.is_available() and find_spec("flash_attn") is not None
     if kind == "flash_attention_2" and not usable:
         raise ValueError("learner.attention: flash_attention_2 needs a CUDA GPU and the package flash-attn")
     if kind == "auto":
-        kind = "flash_attention_2" if usable else "sdpa" if torch.cuda.is_available() else PACKED
+        kind = "flash_attention_2" if usable else PACKED
     if kind == PACKED:
         from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -56,9 +59,9 @@ def packed_sdpa(
             f"learner.attention: {PACKED} needs one row of packed sequences and their position_ids in "
             f"{type(module).__name__}; got query {tuple(query.shape)}"
         )
-    starts = (position_ids[0, 1:] == 0).nonzero()[:, 0] + 1
-    lengths = [end - start for start, end in pairwise([0, *starts.tolist(), query.shape[2]])]
-    outputs = []
+    if position_ids not in _lengths:
+        _lengths[position_ids] = sequence_lengths(position_ids[0])
+    lengths, outputs = _lengths[position_ids], []
     for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True):
         mask = _window(q, sliding_window)
         outputs.append(sdpa_attention_forward(module, q, k, v, mask, **kwargs)[0])

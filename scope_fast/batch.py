@@ -243,6 +243,12 @@ def _concatenate(
     return MicroBatch(torch.tensor(ids), torch.tensor(positions), torch.tensor(where), streams, torch.tensor(owner))
 
 
+def sequence_lengths(position_ids: torch.Tensor) -> list[int]:
+    """Lengths of the packed sequences whose position_ids (N,) are these; of a GPU's tensor at the price of a host sync."""
+    starts = torch.nonzero(position_ids[1:] == 0)[:, 0] + 1
+    return [end - start for start, end in pairwise([0, *starts.tolist(), len(position_ids)])]
+
+
 def split(batch: MicroBatch, token_budget: int) -> list[MicroBatch]:
     """A micro-batch cut between its sequences into ones of at most `token_budget` tokens; itself where it fits.
 
@@ -250,11 +256,11 @@ def split(batch: MicroBatch, token_budget: int) -> list[MicroBatch]:
     """
     if len(batch.input_ids) <= token_budget:
         return [batch]
-    starts = [*torch.nonzero(batch.position_ids == 0).flatten().tolist(), len(batch.input_ids)]
-    cuts = [0]
-    for start, end in pairwise(starts):
-        if end - cuts[-1] > token_budget and start > cuts[-1]:
+    cuts, start = [0], 0
+    for length in sequence_lengths(batch.position_ids):
+        if start + length - cuts[-1] > token_budget and start > cuts[-1]:
             cuts.append(start)
+        start += length
     return [_part(batch, begin, end) for begin, end in zip(cuts, [*cuts[1:], len(batch.input_ids)], strict=True)]
 
 

@@ -280,7 +280,7 @@ class Learner(_Section):
     )
     attention: Literal["auto", "flash_attention_2", "packed_sdpa", "sdpa", "flex_attention", "eager"] = Field(
         "auto",
-        description="auto: flash-attn on a GPU that has it installed, else sdpa; on CPU packed_sdpa (attention.py)",
+        description="auto: flash-attn on a GPU that has it installed, else packed_sdpa (attention.py)",
     )
     liger: bool = Field(False, description="liger-kernel's RMSNorm, RoPE and SwiGLU (CUDA only)")
     shard_size: Positive | None = Field(None, description="ranks that share one copy of the model; None: a node's")

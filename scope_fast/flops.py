@@ -11,12 +11,11 @@ masked away, does not count, so that the figure compares implementations.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import nn
 
-from scope_fast.batch import MicroBatch
+from scope_fast.batch import MicroBatch, sequence_lengths
 
 # dense bfloat16 matrix products in TFLOP/s, by the beginning of the device's name; NVIDIA's and AMD's data sheets
 PEAK_TFLOPS = {
@@ -36,8 +35,7 @@ class ModelFlops:
 
     def of(self, batch: MicroBatch) -> int:
         """The FLOPs of one micro-batch that is still on the host."""
-        starts = [*torch.nonzero(batch.position_ids == 0).flatten().tolist(), len(batch.input_ids)]
-        pairs = sum(n * (n + 1) // 2 for n in (end - start for start, end in pairwise(starts)))
+        pairs = sum(n * (n + 1) // 2 for n in sequence_lengths(batch.position_ids))
         return self.token * len(batch.input_ids) + self.pair * pairs + self.row * len(batch.streams)
 
 

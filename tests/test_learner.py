@@ -11,7 +11,7 @@ from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from scope_fast import attention
-from scope_fast.batch import LossOptions, Segment, TrainSequence, pack
+from scope_fast.batch import LossOptions, Segment, TrainSequence, pack, sequence_lengths
 from scope_fast.config import Learner as Settings
 from scope_fast.learner import Learner, check_model, hidden_rows
 
@@ -175,6 +175,24 @@ def test_attention_does_not_leak_between_packed_sequences(kind):
     alone = model.model(input_ids=torch.tensor([[1, 2, 3, 4, 5, 6]])).last_hidden_state[0, 1:5]
     torch.testing.assert_close(first, alone, rtol=1e-5, atol=1e-5)
     assert (first - rows()).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("recomputed", ["none", "full"])
+def test_lengths_are_asked_of_the_device_once_a_micro_batch(recomputed, monkeypatch):
+    asked = []
+
+    def lengths(position_ids):
+        asked.append(position_ids)
+        return sequence_lengths(position_ids)
+
+    monkeypatch.setattr(attention, "sequence_lengths", lengths)
+    model = make(attn_implementation=attention.implementation("packed_sdpa"))
+    learner = learner_of(model, token_budget=12, activation_checkpointing=recomputed)
+    minibatch = [sequence([1, 2, 3], [4, 5, 6]) for _ in range(5)]
+    learner.update([minibatch])
+    assert len(asked) == 3  # of two sequences each at most
+    learner.update([minibatch])
+    assert len(asked) == 6
 
 
 def test_normalisers_by_hand():
