@@ -6,7 +6,7 @@ CLEAN := env -u PYTHONDONTWRITEBYTECODE
 RUN := $(CLEAN) $(VENV)/bin/python
 ARGS ?=
 
-.PHONY: help install install-dev install-verl train test test-slow test-kill test-verl lint clean
+.PHONY: help install install-dev install-verl train test test-slow test-kill test-verl test-gpu lint clean
 
 help:
 	@echo "make train [ARGS='--method grpo --steps 20']   set up, then train (the embedded default without ARGS)"
@@ -14,6 +14,7 @@ help:
 	@echo "make test-slow                                 more of the same kind, minutes each"
 	@echo "make test-kill                                 kill -9 a run 20 times, and compare it with an unbroken one"
 	@echo "make test-verl                                 those of the verl drop-in, in an environment of their own"
+	@echo "make test-gpu                                  what needs a GPU; each op fuzzed 2,000 times; compute-sanitizer"
 	@echo "make lint | install | clean"
 
 install:
@@ -45,6 +46,15 @@ test-slow: install-dev
 
 test-kill: install-dev
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m kill -s tests/test_resume.py $(ARGS)
+
+# compute-sanitizer sees out-of-bounds accesses only where every tensor is an allocation of its own
+test-gpu: install-dev
+	$(RUN) -m pytest -n 8 -m gpu --deselect tests/test_gpu.py
+	$(RUN) -m pytest -m gpu tests/test_gpu.py
+	FUZZ_EXAMPLES=2000 $(RUN) -m pytest -n 8 -m gpu tests/test_triton_fuzz.py
+	for tool in memcheck racecheck; do \
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 FUZZ_EXAMPLES=20 $(CLEAN) compute-sanitizer --tool $$tool --error-exitcode 1 \
+	$(VENV)/bin/python -m pytest -m gpu tests/test_triton_fuzz.py || exit 1; done
 
 lint: install-dev
 	$(RUN) -m ruff check .

@@ -15,7 +15,8 @@ from bench import harness, report
 from bench.environment import environment
 
 PARTS = ("linear_scope_loss", "linear_logprob", "scope_loss", "step_pool", "weight_bucket", "weight_sync")
-STEMS = (*PARTS, "trl", "learner")  # whole trainers, measured where they are named
+WHOLE = ("learner_heads", "learner", "trl")  # trainers, measured where they are named
+STEMS = (*PARTS, *WHOLE)
 DTYPES = ("float32", "bfloat16")
 
 
@@ -28,7 +29,7 @@ def parse_shape(text: str) -> tuple[int, int, int]:
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser("python -m bench", description="Measure the ops against their limits and their peers.")
-    p.add_argument("stems", nargs="*", metavar="STEM", help=f"of {', '.join(STEMS)}; none: all but trl and learner")
+    p.add_argument("stems", nargs="*", metavar="STEM", help=f"of {', '.join(STEMS)}; none: all but {', '.join(WHOLE)}")
     p.add_argument("--peers", action="store_true", help="measure the installed peers too")
     p.add_argument("--json", metavar="FILE", help="write the record here")
     p.add_argument("--shape", type=parse_shape, metavar="T,D,V", help="one shape in the place of the defaults")

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from scope_fast.flops import peak_tflops
 from scope_fast.ops import dispatch
 
 if importlib.util.find_spec("triton") is not None:
@@ -68,6 +69,7 @@ class Formula:
     amount: float
     unit: str  # "TFLOP/s", "GB/s" or "tokens/s"
     text: str
+    model_flops: int | None = None  # of a trainer's step
 
     def rate(self, seconds: float) -> float:
         return self.amount / seconds / {"TFLOP/s": 1e12, "GB/s": 1e9, "tokens/s": 1.0}[self.unit]
@@ -238,7 +240,7 @@ def agrees(errors: dict[str, float], limits: dict[str, float]) -> bool:
 def measure(
     spec: Spec, stem_module: Any, *, repeats: int, budget_s: float | None = None, memory: bool = True
 ) -> dict[str, Any]:
-    """The record of one Spec. The first limit among the variants is the baseline of all ratios.
+    """The record of one Spec. The first limit among the variants, or else the first, is the baseline of all ratios.
 
     budget_s: a wish. Peers not reached within PREPARE_SHARE of it are left out, saying so; rounds stop at its end.
     """
@@ -293,14 +295,19 @@ def time_rows(
 ) -> None:
     """Fill samples, their summary and the rate into the rows of the variants that ran."""
     samples = interleaved(runs, spec.device, repeats, budget_s)
-    baseline = next((v.name for v in variants if v.role == "limit" and v.name in runs), None)
+    ran = sorted((v for v in variants if v.name in runs), key=lambda v: v.role != "limit")
+    baseline = ran[0].name if ran else None
     for variant in variants:
         if variant.name not in samples:
             continue
         row, taken = rows[variant.name], samples[variant.name]
-        row |= {"samples_s": taken} | summary(taken, samples[baseline or variant.name])
+        row |= {"samples_s": taken} | summary(taken, samples[baseline])
         amount = variant.formula or formula
         row |= {"rate": amount.rate(row["median_s"]), "rate_unit": amount.unit, "rate_formula": amount.text}
+        if amount.model_flops:
+            row["model_tflops"] = amount.model_flops / row["median_s"] / 1e12
+            if peak := peak_tflops(torch.device(spec.device), getattr(torch, spec.dtype)):
+                row["mfu"] = row["model_tflops"] / peak
         row["baseline"] = baseline
 
 

@@ -27,6 +27,12 @@ def error_text(row: dict[str, Any]) -> str:
     return text if row.get("agrees", True) else f"DISAGREES: {text}"
 
 
+def rate_text(row: dict[str, Any]) -> str:
+    text = f"{row['rate']:.4g} {row['rate_unit']}"
+    text += f", {row['model_tflops']:.3g} model TFLOP/s" if "model_tflops" in row else ""
+    return text + (f", MFU {row['mfu']:.1%}" if "mfu" in row else "")
+
+
 def cells(row: dict[str, Any]) -> list[str]:
     for reason in ("unavailable", "failed"):
         if reason in row:
@@ -38,7 +44,7 @@ def cells(row: dict[str, Any]) -> list[str]:
         seconds(row["median_s"]) if timed else "",
         f"{row['spread']:.0%}" if timed else "",
         f"{row['ratio']:.2f}" if timed else "",
-        f"{row['rate']:.4g} {row['rate_unit']}" if timed else "",
+        rate_text(row) if timed else "",
         memory,
         error_text(row),
         row["work"],

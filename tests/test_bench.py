@@ -62,6 +62,23 @@ def test_record_holds_every_stem_and_case(record):
     ]  # fmt: skip
 
 
+def test_a_learner_trains_the_same_with_every_head(tmp_path):
+    path = tmp_path / "record.json"
+    done = bench("learner_heads", "--peers", "--shape", "96,64,300", "--dtype", "float32", "--repeats", "3",
+                 "--no-memory", "--device", "cpu", "--json", str(path))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (case,) = json.loads(path.read_text())["cases"]
+    rows = timed_rows(case)
+    assert {"scope_fast head", "eager torch", "liger scaled CE"} <= rows.keys()
+    assert not [row["name"] for row in case["variants"] if "failed" in row]
+    for row in rows.values():
+        assert row["errors"]["loss"] < 1e-6 and row["baseline"] == "scope_fast head"
+        # 2 blocks of 4 projections (64 x 64) and 3 matrices (64 x 256), 96 tokens; 72 rows of the head; one sequence
+        flops = 6 * (96 * 2 * (4 * 64 * 64 + 3 * 64 * 256) + 72 * 64 * 300) + 12 * 64 * 2 * 96 * 97 // 2
+        assert row["model_tflops"] == pytest.approx(flops / row["median_s"] / 1e12)
+        assert row["rate"] == pytest.approx(96 / row["median_s"])
+
+
 def test_ratios_and_rates_follow_from_the_samples(record):
     for case in record[0]["cases"]:
         rows = timed_rows(case)
@@ -81,7 +98,8 @@ def test_ratios_and_rates_follow_from_the_samples(record):
 
 def test_work_of_the_head_is_six_matmul_halves(record):
     T, D, V = SHAPE
-    assert record[0]["cases"][0]["formula"] == {"amount": 6 * T * V * D, "unit": "TFLOP/s", "text": "6*T*V*D"}
+    formula = {"amount": 6 * T * V * D, "unit": "TFLOP/s", "text": "6*T*V*D", "model_flops": None}
+    assert record[0]["cases"][0]["formula"] == formula
 
 
 def test_every_backend_is_measured_or_says_why_not(record):

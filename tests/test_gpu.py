@@ -1,9 +1,9 @@
-"""What only a GPU can show of the linear ops: offsets beyond 32 bits, capture in a CUDA graph, no wait for it."""
+"""What only a GPU can show: offsets beyond 32 bits, CUDA graphs, inductor, no wait for it, the same bits every time."""
 
 import pytest
 import torch
 
-from scope_fast import LossOptions, TokenStreams, linear_logprob, linear_scope_loss
+from scope_fast import LossOptions, PrmHead, TokenStreams, linear_logprob, linear_scope_loss, step_pool
 
 pytestmark = [
     pytest.mark.gpu,
@@ -91,3 +91,44 @@ def test_nothing_waits_for_the_device(chunk_tokens):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert loss.isfinite()
+
+
+def test_inductor_takes_the_loss_in_one_graph():
+    hidden, weight, streams = problem(256, 128, 1000)
+
+    @torch.compile(fullgraph=True)
+    def compiled(hidden, weight):
+        loss, metrics = linear_scope_loss(hidden * 1.0, weight, streams, LossOptions(entropy_coef=0.01))
+        return loss * 1.0, metrics["policy/entropy_sum"]
+
+    loss, entropy = compiled(hidden, weight)
+    loss.backward()
+    in_graph = take_gradients(hidden, weight)
+    eager, metrics = step(hidden, weight, streams)
+    assert torch.equal(loss, eager) and torch.equal(entropy, metrics["policy/entropy_sum"])
+    for compiled_gradient, gradient in zip(in_graph, take_gradients(hidden, weight), strict=True):
+        torch.testing.assert_close(compiled_gradient, gradient)
+
+
+@pytest.mark.parametrize("chunk_tokens", [None, 512, 0])
+def test_twenty_runs_give_the_same_bits(chunk_tokens):
+    hidden, weight, streams = problem(2048, 512, 32000)
+    first = None
+    for _ in range(20):
+        loss, metrics = step(hidden, weight, streams, chunk_tokens=chunk_tokens)
+        found = [loss, *metrics.values(), *take_gradients(hidden, weight)]
+        stats = linear_logprob(hidden, weight, streams.target, chunk_tokens=chunk_tokens)
+        (stats.logprob - 0.1 * stats.entropy).sum().backward()
+        found += [*stats, *take_gradients(hidden, weight)]
+        first = first or found
+        assert all(torch.equal(a, b) for a, b in zip(first, found, strict=True))
+
+
+def test_twenty_verdicts_are_the_same_bits():
+    r = torch.Generator("cuda").manual_seed(0)
+    hidden, weight = (torch.randn(n, 512, generator=r, device="cuda").bfloat16() for n in (8192, 512))
+    head = PrmHead(weight[:2], None, weight, None)
+    step_end = torch.arange(49, 8192, 50, device="cuda")
+    cu_steps = torch.tensor([0, 40, 41, len(step_end)], device="cuda")
+    runs = [step_pool(hidden, head, step_end, cu_steps) for _ in range(20)]
+    assert all(torch.equal(a, b) for run in runs for a, b in zip(runs[0], run, strict=True))
