@@ -163,6 +163,12 @@ class MicroBatch:
         return MicroBatch(**moved)
 
 
+def minibatch_of(group: int, num_groups: int, minibatches: int) -> int:
+    """The optimiser step a group of a step's num_groups belongs to: blocks of neighbours, since ranks take groups in
+    turn, and each is to have its share of every optimiser step."""
+    return group * minibatches // num_groups
+
+
 def is_active(segment: int, weight: float, advantage: float, options: LossOptions) -> bool:
     """Can a gradient flow from this row? The definition every backend shares (rows that fail it are dropped)."""
     if weight == 0.0 or segment == Segment.IGNORE:

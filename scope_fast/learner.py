@@ -154,7 +154,7 @@ class Learner:
             self.optimizer.state[p] = {"step": torch.zeros(()), **moments}
         steps = total_steps * config.minibatches * config.epochs
         self.factor = _schedule(config, steps)
-        self.steps = 0  # optimiser steps taken or skipped for want of an active row: the schedule goes by these
+        self.steps = 0  # the schedule goes by these; those without an active row or a finite gradient count too
         self.skipped_in_a_row = 0  # optimiser steps without a finite loss and gradient
         self.halvings = 0  # of the token budget, after an out-of-memory error: at most one
 
@@ -191,7 +191,7 @@ class Learner:
         totals = _merged(distributed.gather(dict(totals)))
         finite = [norm for norm in norms if math.isfinite(norm)]
         return {
-            **_means(totals, len(norms)),
+            **_means(totals, len(finite)),
             "grad/norm": sum(finite) / max(len(finite), 1),
             "learner/lr": self.config.lr * self.factor(self.steps - 1),
             "learner/skipped_updates": len(norms) - len(finite),

@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scope_fast import checkpoint, distributed
-from scope_fast.batch import TrainSequence
+from scope_fast.batch import TrainSequence, minibatch_of
 from scope_fast.learner import Learner
 from scope_fast.metrics import read_jsonl
 from scope_fast.records import trained_sequence
 
+OF_LEARNER = ("loss/", "policy/", "grad/", "learner/", "tokens/trained", "tokens/skipped", "sampling/logprob_gap")
 OF_THE_MACHINE = "learner/out_of_memory"  # not of the batch: the only value of the learner that is not compared
 
 
@@ -43,10 +44,15 @@ class Replayed:
     now: dict[str, float]
 
     @property
+    def names(self) -> list[str]:
+        """Of what the learner said then or says now."""
+        return sorted({*self.now, *(name for name in self.logged if name.startswith(OF_LEARNER))})
+
+    @property
     def differing(self) -> list[str]:
         """Names whose values are not the same number, or that only one side has."""
-        compared = [name for name in self.now if name != OF_THE_MACHINE]
-        return [name for name in compared if self.logged.get(name) != self.now[name]]
+        compared = [name for name in self.names if name != OF_THE_MACHINE]
+        return [name for name in compared if self.logged.get(name) != self.now.get(name)]
 
 
 def find(text: str) -> Source:
@@ -65,7 +71,7 @@ def find(text: str) -> Source:
     return Source(file, max(steps) if step is None else step, run_dir)
 
 
-def replay(learner: Learner, source: Source) -> Iterator[Replayed]:
+def replay(learner: Learner, source: Source, prompts_per_step: int) -> Iterator[Replayed]:
     """The steps from the newest checkpoint before the wanted one to the wanted one, each as it comes out. Collective.
 
     learner: as a run makes it, with the initial weights. Under torchrun each rank takes the groups it had in a run of
@@ -84,10 +90,11 @@ def replay(learner: Learner, source: Source) -> Iterator[Replayed]:
             raise ValueError(f"{source.run_dir / 'metrics.jsonl'} lacks step {step}: nothing to compare with")
         if logged.get(OF_THE_MACHINE):
             learner.halvings = 1
-        yield Replayed(step, logged, learner.update(read_minibatches(file, step, learner.config.minibatches)))
+        minibatches = read_minibatches(file, step, learner.config.minibatches, prompts_per_step)
+        yield Replayed(step, logged, learner.update(minibatches))
 
 
-def read_minibatches(file: Path, step: int, count: int) -> list[list[TrainSequence]]:
+def read_minibatches(file: Path, step: int, count: int, prompts_per_step: int) -> list[list[TrainSequence]]:
     """What the learner was given at a step, dealt out as Trainer.minibatches does. ValueError without such records."""
     dealt: list[list[TrainSequence]] = [[] for _ in range(count)]
     found = False
@@ -95,7 +102,7 @@ def read_minibatches(file: Path, step: int, count: int) -> list[list[TrainSequen
         found |= record["step"] == step
         if record["step"] == step and record["group"] % distributed.world_size() == distributed.rank():
             sequence = trained_sequence(record)
-            dealt[record["group"] % count] += [] if sequence is None else [sequence]
+            dealt[minibatch_of(record["group"], prompts_per_step, count)] += [] if sequence is None else [sequence]
     if not found:
         raise ValueError(f"{file} lacks step {step}, which lies between the checkpoint and the step to replay")
     return dealt

@@ -119,6 +119,7 @@ class Sampler:
         outputs: Future[list[list[Rollout]]] = Future()
         outputs.set_result([[Rollout(**values) for values in rollouts] for rollouts in ahead["rollouts"]])
         self._ahead = Ahead(state["cursor"], self._draw(), outputs)
+        self._data.take_counts()  # of this draw the step before the checkpoint has told already
 
 
 def seed_of(*what: object) -> int:

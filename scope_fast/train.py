@@ -390,13 +390,13 @@ def show_replay(config: Config, source: replay.Source) -> int:
             folder = role_folder(config, "student", progress)
     student, _ = load_student(config, distributed.agree(folder))
     status = 0
-    for result in replay.replay(make_learner(config, student), source):
+    for result in replay.replay(make_learner(config, student), source, config.rollout.prompts_per_step):
         status |= bool(result.differing)
         verdict = f"differs in {', '.join(result.differing)}" if result.differing else "the same"
         console.print(f"step {result.step} replayed: {verdict}", markup=False)
-    for name in sorted(result.now):
+    for name in result.names:
         mark = "  <- differs" if name in result.differing else ""
-        line = f"{name:26} logged {result.logged.get(name)!r:24} now {result.now[name]!r:24}{mark}"
+        line = f"{name:26} logged {result.logged.get(name)!r:24} now {result.now.get(name)!r:24}{mark}"
         console.print(line, markup=False)
     return status
 

@@ -14,7 +14,7 @@ from statistics import fmean
 import torch
 
 from scope_fast import distributed, health
-from scope_fast.batch import TrainSequence
+from scope_fast.batch import TrainSequence, minibatch_of
 from scope_fast.checkpoint import capture_rng, restore_rng
 from scope_fast.config import Config
 from scope_fast.data import PromptSource
@@ -155,11 +155,12 @@ class Trainer:
         return text, trajectory.prompt.entry
 
     def minibatches(self, groups: list[Group], stamped: list[Stamped]) -> list[list[TrainSequence]]:
-        """Groups dealt out in turn to `learner.minibatches` optimiser steps, by their number in the step on whatever
-        rank they are; a group is never split."""
+        """Groups dealt out to `learner.minibatches` optimiser steps by their number in the step, on whatever rank they
+        are; a group is never split."""
         dealt: list[list[TrainSequence]] = [[] for _ in range(self.config.learner.minibatches)]
         for group, sequences in zip(groups, stamped, strict=True):
-            dealt[group[0].group % len(dealt)] += [s for s in sequences if s is not None]
+            step = minibatch_of(group[0].group, self.config.rollout.prompts_per_step, len(dealt))
+            dealt[step] += [s for s in sequences if s is not None]
         return dealt
 
     def _seed(self, *what: object) -> int:

@@ -5,7 +5,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scope_fast.batch import LossOptions, Segment, TokenStreams, TrainSequence, active_rows, bins, is_active, pack
+from scope_fast.batch import (
+    LossOptions,
+    Segment,
+    TokenStreams,
+    TrainSequence,
+    active_rows,
+    bins,
+    is_active,
+    minibatch_of,
+    pack,
+)
 
 IGNORE, RL, NLL = Segment.IGNORE, Segment.RL, Segment.NLL
 PLAIN = LossOptions()
@@ -169,3 +179,18 @@ def test_options_that_make_no_sense(changes, message):
     with pytest.raises(ValueError) as caught:
         LossOptions(**changes)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("ranks", "minibatches", "groups"), [(8, 2, 128), (8, 4, 24), (3, 2, 10), (1, 3, 7), (5, 5, 25)]
+)
+def test_every_rank_has_its_share_of_every_optimiser_step(ranks, minibatches, groups):
+    """Ranks take the groups in turn."""
+    sizes = [
+        [sum(minibatch_of(g, groups, minibatches) == m for g in range(rank, groups, ranks)) for rank in range(ranks)]
+        for m in range(minibatches)
+    ]
+    assert sum(map(sum, sizes)) == groups
+    assert all(max(row) - min(row) <= 1 for row in sizes)
+    whole = [sum(row) for row in sizes]
+    assert max(whole) - min(whole) <= 1

@@ -77,6 +77,15 @@ def test_failures_in_a_row_are_counted_across_a_resume():
     assert resumed.skipped_in_a_row == 0
 
 
+def test_a_skipped_update_does_not_dilute_the_loss_of_the_others():
+    good, bad = mixture(), [sequence([1], [2, 3], advantage=math.nan)]
+    alone = learner_of(make()).update([good])
+    both = learner_of(make(), minibatches=2).update([good, bad])
+    assert both["learner/skipped_updates"] == 1 and alone["loss/rl"] != 0.0
+    for name in ("loss/rl", "loss/nll", "loss/total", "grad/norm"):
+        assert both[name] == pytest.approx(alone[name], rel=1e-6)
+
+
 def test_a_loss_that_is_not_finite_is_enough():
     """The head is so sure of its token that no gradient is left, while the loss overflows."""
     model = biased(torch.float32)

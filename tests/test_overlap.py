@@ -10,8 +10,13 @@ import pytest
 import torch
 from tiny_models import response_logprobs
 
+from transformers import AutoTokenizer
+
 from scope_fast import checkpoint, train
+from scope_fast.config import PRESETS
+from scope_fast.data import PromptSource
 from scope_fast.rollout import Rollout, vllm_engine
+from scope_fast.sampler import Sampler
 
 WORDS = {
     "method": "grpo", "steps": "4", "rollout.engine": "vllm_server", "rollout.overlap": "one_step",
@@ -112,6 +117,25 @@ def test_every_token_is_of_the_version_it_says(tmp_path, monkeypatch):
     assert crossing  # a step's rollouts were running when the update of the step before came
     gaps = [response_logprobs(weights[step - 1], r) - response_logprobs(weights[step], r) for step, r in crossing]
     assert max(gap.abs().max() for gap in gaps) > 1e-2  # and the versions can be told apart
+
+
+def test_what_a_resumed_run_draws_again_is_not_counted_again(tmp_path):
+    """Every second row is too long; the step before the checkpoint has said so."""
+    rows = [
+        {"question": text, "answer": "1"}
+        for text in [f"{i} - {tail}" for i in range(20) for tail in ("1", "0 + " * 600 + "1")]
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = parse(
+        tmp_path / "run", data__path=str(tmp_path / "rows.jsonl"), data__heldout="2", method="grpo",
+        rollout__prompts_per_step="5", verifier__score="scope_fast.math_answers:score", prm__kind="token_classifier",
+    )  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(PRESETS.parent / "assets" / "student")
+    data = PromptSource(config, tokenizer)
+    sampler = Sampler(config, tokenizer, data, engine=None)
+    sampler.load_state_dict({"cursor": 0, "ahead": {"world_size": 1, "rollouts": [[]] * 5}})
+    assert data.cursor > 5  # rows were passed over
+    assert not any(data.take_counts().values())
 
 
 def steps_of(folder):

@@ -8,7 +8,7 @@ import pytest
 from scope_fast import train
 from scope_fast.batch import Segment, TrainSequence
 from scope_fast.records import TokenTexts, _trained, trained_sequence
-from scope_fast.replay import find
+from scope_fast.replay import Replayed, find
 
 SETTINGS = [
     "--rollout.engine=transformers", "--rollout.prompts_per_step=4", "--rollout.group_size=4", "--prm.kind=exact",
@@ -62,6 +62,13 @@ def test_differences_are_shown_and_counted_as_failure(run, capsys):
     assert train.main(["--replay", f"{copy}:3"]) == 1
     text = capsys.readouterr().out
     assert "step 3 replayed: differs in " in text and "grad/norm" in text and "<- differs" in text
+
+
+def test_a_value_that_only_one_side_has_differs():
+    logged = {"loss/rl": 1.0, "policy/kl": 0.5, "time/step_s": 2.0, "learner/out_of_memory": 1}
+    result = Replayed(3, logged, {"loss/rl": 1.0, "policy/entropy": 0.1, "learner/out_of_memory": 0})
+    assert result.differing == ["policy/entropy", "policy/kl"]
+    assert "time/step_s" not in result.names
 
 
 def test_what_cannot_be_replayed_is_said(run, tmp_path):
