@@ -52,9 +52,10 @@ def make_model(spec: Spec):
     small = {
         "num_hidden_layers": 2, "intermediate_size": 4 * dim, "num_attention_heads": heads, "num_key_value_heads": heads
     }  # fmt: skip
+    attend = attention.implementation(getattr(torch, spec.dtype))
     config = Qwen2Config(
         vocab_size=vocab, hidden_size=dim, tie_word_embeddings=True, max_position_embeddings=SEQUENCE,
-        attn_implementation=attention.implementation(), bos_token_id=None, eos_token_id=0, **DEEP.get(dim, small),
+        attn_implementation=attend, bos_token_id=None, eos_token_id=0, **DEEP.get(dim, small),
     )  # fmt: skip
     return Qwen2ForCausalLM(config)
 

@@ -17,17 +17,20 @@ from torch.utils.weak import WeakIdKeyDictionary
 from scope_fast.batch import sequence_lengths
 
 PACKED = "packed_sdpa"
+FLASH_DTYPES = (torch.bfloat16, torch.float16)
 _lengths = WeakIdKeyDictionary()  # by the position_ids that all layers of a forward, and its recomputation, are given
 
 
-def implementation(kind: str = "auto") -> str:
-    """The attention implementation transformers is asked for.
+def implementation(dtype: torch.dtype, kind: str = "auto") -> str:
+    """The attention implementation transformers is asked for, for a model that computes in `dtype`.
 
     "auto": flash-attn where it can run, else `packed_sdpa`. ValueError where "flash_attention_2" cannot run.
     """
-    usable = torch.cuda.is_available() and find_spec("flash_attn") is not None
+    usable = torch.cuda.is_available() and find_spec("flash_attn") is not None and dtype in FLASH_DTYPES
     if kind == "flash_attention_2" and not usable:
-        raise ValueError("learner.attention: flash_attention_2 needs a CUDA GPU and the package flash-attn")
+        raise ValueError(
+            "learner.attention: flash_attention_2 needs a CUDA GPU, the package flash-attn and model.dtype bfloat16"
+        )
     if kind == "auto":
         kind = "flash_attention_2" if usable else PACKED
     if kind == PACKED:

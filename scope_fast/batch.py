@@ -250,7 +250,7 @@ def _concatenate(
 
 
 def sequence_lengths(position_ids: torch.Tensor) -> list[int]:
-    """Lengths of the packed sequences whose position_ids (N,) are these; of a GPU's tensor at the price of a host sync."""
+    """Lengths of the packed sequences whose position_ids (N,) are these; a GPU's cost a host sync."""
     starts = torch.nonzero(position_ids[1:] == 0)[:, 0] + 1
     return [end - start for start, end in pairwise([0, *starts.tolist(), len(position_ids)])]
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from scope_fast.batch import LossOptions
 
@@ -228,6 +228,12 @@ class Scope(_Section):
     )
     selection: Literal["score", "random"] = Field("score", description="random: the ablation of the score")
 
+    @field_validator("step_separator")
+    @classmethod
+    def _from_a_shell(cls, text: str) -> str:
+        """A shell hands over a backslash and an n where a line break is meant."""
+        return text.replace("\\n", "\n").replace("\\t", "\t")
+
 
 class Loss(_Section):
     """The objective. Fields named as in `LossOptions` are passed on to it."""
@@ -363,6 +369,14 @@ class Config(_Section):
                 f"rollout.max_tokens={self.rollout.max_tokens} leaves no room for a prompt in "
                 f"rollout.context={self.rollout.context}"
             )
+        asked = [n for n in ("server_url", "server_gpus") if getattr(self.rollout, n) is not None]
+        asked += ["transfer"] if self.rollout.transfer != "auto" else []
+        if asked and self.rollout.engine != "vllm_server":
+            raise ValueError(
+                f"rollout.{asked[0]}: only rollout.engine vllm_server has a server, it is {self.rollout.engine}"
+            )
+        if self.loss.kl != "none" and self.loss.kl_coef == 0.0:
+            raise ValueError(f"loss.kl={self.loss.kl} without loss.kl_coef would do nothing")
         if self.rollout.overlap == "one_step":
             if self.rollout.engine != "vllm_server":
                 raise ValueError(
@@ -380,6 +394,16 @@ class Config(_Section):
                 f"rollout.prompts_per_step={self.rollout.prompts_per_step}: groups are not split"
             )
         return self
+
+    @property
+    def repairs(self) -> bool:
+        """Whether the method asks a teacher."""
+        return self.method in ("scope", "replace", "sft")
+
+    @property
+    def scores_steps(self) -> bool:
+        """Whether the process reward model is asked, by the method or for the metrics."""
+        return self.prm.monitor or self.method in ("scope", "replace", "prm_reward")
 
     @property
     def run_dir(self) -> Path:
@@ -440,8 +464,8 @@ def overrides(arguments: list[str]) -> list[tuple[str, str]]:
             raise ValueError(f"unexpected argument {key!r}: overrides are written --dotted.key value")
         key, equals, value = key[2:].partition("=")
         if not equals:
-            if not rest:
-                raise ValueError(f"--{key} needs a value")
+            if not rest or rest[0].startswith("--"):
+                raise ValueError(f"--{key} needs a value, say true or false where it is a switch")
             value = rest.pop(0)
         pairs.append((key, value))
     return pairs

@@ -7,6 +7,7 @@ from random import Random
 from typing import Any
 
 from scope_fast import config as cfg
+from scope_fast import distributed
 from scope_fast.config import Config, Data
 from scope_fast.scope.trajectory import Prompt
 from scope_fast.sources import read_rows
@@ -76,7 +77,11 @@ class Table:
                 f"data.path: {data.path} has {len(rows)} rows, data.heldout={data.heldout} leaves none to train on"
             )
         what = "dropped" if data.dedup else "kept (data.dedup drops them)"
-        print(f"data: {data.path}: {kept} rows and {data.heldout} held out; {duplicates} duplicates {what}", flush=True)
+        if distributed.is_main():
+            print(
+                f"data: {data.path}: {kept} rows and {data.heldout} held out; {duplicates} duplicates {what}",
+                flush=True,
+            )
         self._rows, self._heldout, self._seed = rows[:kept], rows[kept:], seed
         self._epoch, self._order = -1, list[int]()
         self.tasks = sorted({row["task"] for row in rows})
@@ -213,9 +218,7 @@ class PromptSource:
 def _check_workable(config: Config, tasks: list[str], where: str) -> None:
     """Refuses what could only fail row after row: the solver and the exact checker know the embedded tasks alone."""
     task = next((task for task in tasks if task not in TASKS), None)
-    repairs = config.method in ("scope", "replace", "sft")
-    scores = config.prm.monitor or config.method in ("scope", "replace", "prm_reward")
-    if task and repairs and config.teacher.kind == "solver":
+    if task and config.repairs and config.teacher.kind == "solver":
         raise ValueError(f"teacher.kind: the solver cannot work task {task!r} of {where}; use teacher.kind: model")
-    if task and scores and config.prm.kind == "exact":
+    if task and config.scores_steps and config.prm.kind == "exact":
         raise ValueError(f"prm.kind: task {task!r} of {where} has no exact checker; use prm.kind: token_classifier")

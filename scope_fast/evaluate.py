@@ -189,7 +189,7 @@ def export_step(request: Request, folder: Path) -> Path:
     """The Hugging Face folder of a checkpoint, written under `folder`."""
     with progress_bars(console) as progress:
         student = role_folder(request.config, "student", progress)
-    model, tokenizer = load_student(request.config, student)
+    model, tokenizer = load_student(request.config, student), load_tokenizer(student)
     state = checkpoint.load(request.run / "checkpoints" / f"step_{request.step}")
     model.load_state_dict(state["model"])
     return checkpoint.export(folder, model, tokenizer)
@@ -246,6 +246,8 @@ class Evaluator:
             self.prm = make_scorer(self.config, request.prm, self.tokenizer, stack)
         engine = make_engine(self.config.rollout.engine, request.folder, engine_options(self.config))
         self.engine: RolloutEngine = stack.enter_context(closing(engine))
+        if self.config.rollout.server_url is not None:  # it has the weights that somebody left it
+            self.engine.update_weights(load_student(self.config, request.folder), version=0)
 
     def run(self, job: Job) -> Result:
         """The samples of a job, verified, localised and scored."""

@@ -116,7 +116,8 @@ def reward_model_parameters(config: Config, sizes: Sizes) -> int:
     vLLM lies in that engine's share."""
     from transformers import AutoConfig, AutoModel
 
-    if config.prm.kind == "exact" or config.prm.path == "tiny" or config.prm.engine == "vllm":
+    own = config.scores_steps and config.prm.kind != "exact" and config.prm.engine != "vllm"
+    if not own or config.prm.path == "tiny":
         return 0
     try:
         architecture = AutoConfig.from_pretrained(config.prm.path, local_files_only=True)
@@ -144,7 +145,10 @@ def memory(config: Config, sizes: Sizes, ranks: int, reward_parameters: int = 0)
     head = min(budget_bytes(int(gpu_bytes)), learner.token_budget * sizes.vocabulary * (4 + dtype_bytes))
     head += sizes.vocabulary * sizes.hidden * 4
     # "auto" is vLLM wherever it is installed
-    teaches = config.teacher.kind == "model" and config.teacher.engine != "transformers"
+    teaches = config.repairs and config.teacher.kind == "model" and config.teacher.engine != "transformers"
+    rollout = config.rollout
+    scores = config.scores_steps and config.prm.engine == "vllm"
+    elsewhere = rollout.engine == "transformers" or rollout.server_url is not None or rollout.server_gpus is not None
     return Memory(
         weights=MASTER_BYTES * resident,
         gradients=GRADIENT_BYTES * resident,
@@ -154,8 +158,8 @@ def memory(config: Config, sizes: Sizes, ranks: int, reward_parameters: int = 0)
         activations=activations * learner.token_budget,
         head=head,
         reward_model=dtype_bytes * reward_parameters,
-        engine=config.rollout.gpu_memory_utilization * gpu_bytes,
-        reward_engine=(config.prm.engine == "vllm") * config.prm.gpu_memory_utilization * gpu_bytes,
+        engine=(not elsewhere) * rollout.gpu_memory_utilization * gpu_bytes,
+        reward_engine=scores * config.prm.gpu_memory_utilization * gpu_bytes,
         teacher_engine=teaches * config.teacher.gpu_memory_utilization * gpu_bytes,
     )
 

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from scope_fast import config as cfg
+from scope_fast import distributed
 from scope_fast.loading import loading
 from scope_fast.teacher import Reply, Request, TeacherError
 
@@ -294,7 +295,8 @@ def _shares_tokenizer(server: cfg.Endpoint, student) -> bool:
     with loading("teacher.endpoint.tokenizer", server.tokenizer):
         same = student.get_vocab() == AutoTokenizer.from_pretrained(server.tokenizer).get_vocab()
     what = "the student's token ids" if same else "messages and text prefixes"
-    print(f"teacher: the endpoint gets {what}", flush=True)
+    if distributed.is_main():
+        print(f"teacher: the endpoint gets {what}", flush=True)
     return same
 
 

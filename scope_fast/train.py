@@ -4,10 +4,10 @@ Without arguments it runs configs/quickstart.yaml. A run directory holds config.
 tensorboard/, checkpoints/step_N, export/ (a Hugging Face folder) and report.html.
 
 `torchrun --nproc-per-node N -m scope_fast.train ...` runs the same on N ranks: the learner is sharded over them, each
-samples its share of the prompts with an engine of its own, rank 0 writes and speaks.
+samples its share of the prompts with an engine of its own, rank 0 writes and speaks (a rank says what ends it).
 
 Exit status: 0 when the run is done, or was stopped by SIGTERM or Ctrl-C with a checkpoint; 1 when it cannot go on (a
-full disk, updates that keep failing) or a replay differs; 2 for what is asked for and cannot be.
+full disk, updates that keep failing, an error in a step) or a replay differs; 2 for what is asked for and cannot be.
 """
 
 from __future__ import annotations
@@ -49,10 +49,20 @@ USAGE = (
     "python -m scope_fast.train [CONFIG.yaml] [--dotted.key value ...] [--resume auto|never|DIR] [--dry-run]\n"
     "       python -m scope_fast.train --replay RUN/rollouts.jsonl[:STEP] [--dotted.key value ...]"
 )
-MAY_CHANGE = frozenset(  # between the parts of a resumed run
-    {"steps", "out", "checkpoint", "logging", "learner.token_budget", "learner.max_skipped_updates"}
-    | {"distributed.timeout_s"}
+MAY_CHANGE = frozenset(  # between the parts of a resumed run: what places and paces the work, and no formula
+    {"steps", "out", "cache", "checkpoint", "logging", "distributed"}
+    | {f"learner.{name}" for name in ("token_budget", "max_skipped_updates", "activation_checkpointing", "attention")}
+    | {f"learner.{name}" for name in ("liger", "shard_size", "cpu_offload", "peak_tflops")}
+    | {f"rollout.{name}" for name in ("engine", "server_url", "server_gpus", "server_workers", "transfer")}
+    | {f"rollout.{name}" for name in ("transfer_address", "sync_timeout_s", "max_num_seqs", "kv_cache_gib")}
+    | {f"rollout.{name}" for name in ("gpu_memory_utilization", "sleep_level", "num_threads")}
+    | {"verifier.workers", "verifier.timeout_s", "prm.token_budget", "prm.gpu_memory_utilization"}
+    | {f"teacher.{name}" for name in ("engine", "gpu_memory_utilization", "timeout_s")}
+    | {f"teacher.endpoint.{name}" for name in ("url", "key_variable", "concurrency", "request_timeout_s", "retries")}
+    | {f"teacher.endpoint.{name}" for name in ("backoff_s", "max_requests", "max_total_tokens", "cache")}
 )
+QUIET_CHANGES = frozenset({"steps", "out", "checkpoint", "logging"})  # the others are told: they may change roundings
+MODELLESS = (("prm", "exact"), ("teacher", "solver"), ("teacher", "endpoint"))  # roles and their kinds
 LAST = ("export", "report.html")  # what is made after the last step, in this order
 
 console = Console(highlight=False, soft_wrap=True)  # a path is not broken in the middle
@@ -69,6 +79,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(config: Config, resume: str, dry_run: bool, source: replay.Source | None) -> int:
     """The command's exit status; what a person can understand and mend ends with a message alone, others' with more."""
+    begun = False
     try:
         if source is not None:
             return show_replay(config, source)
@@ -81,17 +92,19 @@ def run(config: Config, resume: str, dry_run: bool, source: replay.Source | None
             console.print(f"{config.run_dir} has finished its {config.steps} steps: nothing to do", markup=False)
             return 0
         with Interrupt() as interrupt, ExitStack() as stack:
-            train(build(config, stack), start, stack, interrupt)
+            trainer = build(config, stack)
+            begun = True
+            train(trainer, start, stack, interrupt)
     except (WriteFailed, health.Unhealthy) as error:
         say(error)
         if isinstance(error, WriteFailed):
             console.print("what was saved before is whole: make room and run the same command again to go on from it")
         return 1
     except (ValueError, FileNotFoundError, ImportError) as error:  # what is asked for cannot be
-        if not raised_here(error):
+        if begun or not raised_here(error):
             traceback.print_exc()
         say(error)
-        return 2
+        return 1 if begun else 2
     return 0
 
 
@@ -116,7 +129,10 @@ def parse(argv: list[str] | None) -> tuple[Config, str, bool, replay.Source | No
     path = arguments[0] if arguments and not arguments[0].startswith("-") else None
     parser = argparse.ArgumentParser(usage=USAGE, description=__doc__, allow_abbrev=False)
     parser.add_argument(
-        "--resume", default="auto", help="auto: go on where the run directory stands; never; or a run directory"
+        "--resume",
+        default="auto",
+        help="auto: go on where the run directory stands; never; or a run directory, with its configuration where none "
+        "is named",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="validate, print the resolved configuration and the plan"
@@ -132,14 +148,15 @@ def parse(argv: list[str] | None) -> tuple[Config, str, bool, replay.Source | No
                 raise ValueError(f"--replay takes the run's own configuration, not {path}")
             config = load(source.run_dir / "config.yaml", overrides(rest))
             return config.model_copy(update={"out": str(source.run_dir)}), "auto", False, source
-        config = load(path, overrides(rest))
+        named = known.resume if known.resume not in ("auto", "never") else None
+        if named is not None and not (Path(named).expanduser() / "config.yaml").exists():
+            raise ValueError(f"--resume {named}: no run there (no config.yaml)")
+        config = load(path if path or named is None else Path(named).expanduser() / "config.yaml", overrides(rest))
+        if named is not None:
+            config = config.model_copy(update={"out": named})
         if config.data.path is None:
             for name in config.data.tasks:
                 check_name(name)
-        if known.resume not in ("auto", "never"):
-            config = config.model_copy(update={"out": known.resume})
-            if not (config.run_dir / "config.yaml").exists():
-                raise ValueError(f"--resume {known.resume}: no run there (no config.yaml)")
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
     return config, known.resume, known.dry_run, None
@@ -171,9 +188,11 @@ def _claim_folder(config: Config, resume: str) -> None:
         if resume == "never":
             raise ValueError(f"out: {folder} already holds a run; choose another directory or --resume auto")
         free = MAY_CHANGE if config.learner.schedule == "constant" else MAY_CHANGE - {"steps"}
-        different = _differences(load(stored).model_dump(), config.model_dump(), free)
-        if different:
+        old, new = load(stored).model_dump(), config.model_dump()
+        if different := _differences(old, new, free):
             raise ValueError(f"out: {folder} holds a run of another configuration ({', '.join(different)} differ)")
+        if changed := _differences(old, new, QUIET_CHANGES):
+            console.print(f"{folder} goes on with other values of {', '.join(changed)}", markup=False)
     text = to_yaml(config)
     if not stored.exists() or stored.read_text(encoding="utf-8") != text:
         write_whole(stored, text, "the configuration")
@@ -214,8 +233,13 @@ def build(config: Config, stack: ExitStack) -> Trainer:
             folders = {role: role_folder(config, role, progress) for role in ("student", "prm", "teacher")}
     folders = distributed.agree(folders)
     torch.manual_seed(config.seed + distributed.rank())
-    student, tokenizer = load_student(config, folders["student"])
-    data = PromptSource(config, tokenizer)  # what is wrong with it shows before an engine is up
+    # what can be wrong with data, verifier and teacher shows before a model is loaded and an engine is up
+    tokenizer = load_tokenizer(folders["student"])
+    data = PromptSource(config, tokenizer)
+    verifier = Verifier(config.verifier.score, config.verifier.workers, config.verifier.timeout_s)
+    stack.enter_context(verifier)
+    teacher = None if folders["teacher"] else make_teacher(config, None, tokenizer, stack)
+    student = load_student(config, folders["student"])
     engine = stack.enter_context(
         closing(make_engine(config.rollout.engine, str(folders["student"]), engine_options(config)))
     )
@@ -225,9 +249,9 @@ def build(config: Config, stack: ExitStack) -> Trainer:
         tokenizer,
         data,
         engine,
-        stack.enter_context(Verifier(config.verifier.score, config.verifier.workers, config.verifier.timeout_s)),
+        verifier,
         make_scorer(config, folders["prm"], tokenizer, stack),
-        make_teacher(config, folders["teacher"], tokenizer, stack),
+        teacher or make_teacher(config, folders["teacher"], tokenizer, stack),
         learner,
         stack.enter_context(RolloutLog(config.run_dir)),
     )
@@ -252,33 +276,40 @@ def make_learner(config: Config, student) -> Learner:
 
 
 def role_folder(config: Config, role: str, progress) -> str | None:
-    """The model folder of a role: the configured path, a warm-started one, or None where the role has no model."""
+    """The model folder of a role: the configured path, a warm-started one, or None where the role has no model, or the
+    method does not ask it."""
     section = {"student": config.model, "prm": config.prm, "teacher": config.teacher}[role]
-    if (role, getattr(section, "kind", None)) in (("prm", "exact"), ("teacher", "solver"), ("teacher", "endpoint")):
+    asked = {"student": True, "prm": config.scores_steps, "teacher": config.repairs}[role]
+    if not asked or (role, getattr(section, "kind", None)) in MODELLESS:
         return None
     if section.path == "tiny":
         return str(warm_start.ensure(config, role, progress))
     return str(convert_gguf.ensure(config.cache)) if section.path == convert_gguf.NAME else section.path
 
 
-def load_student(config: Config, folder: str):
-    """The student's model and tokenizer. ValueError for a folder or hub name that has none, and for a tokenizer without
-    an end-of-sequence token."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def load_tokenizer(folder: str):
+    """The student's. ValueError for a folder or hub name that has none, or one without an end-of-sequence token."""
+    from transformers import AutoTokenizer
 
     with loading("model.path", folder):
         tokenizer = AutoTokenizer.from_pretrained(folder)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"model.path: the tokenizer of {folder} has no EOS token, which ends every response")
+    return tokenizer
+
+
+def load_student(config: Config, folder: str):
+    """The student's model. ValueError for a folder or hub name that has none."""
+    from transformers import AutoModelForCausalLM
+
+    attend = attention.implementation(DTYPES[config.model.dtype], config.learner.attention)
     # float32 whatever model.dtype says: a bfloat16 weight would lose an update of 1e-6: the learner casts instead
     with loading("model.path", folder):
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation=attention.implementation(config.learner.attention)
-        )
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attend)
     if config.learner.liger:
         sharding.use_liger(model)
     # one of several ranks keeps its shards only: the whole model stays in host memory until they are cut
-    return model if distributed.world_size() > 1 else model.to(distributed.device()), tokenizer
+    return model if distributed.world_size() > 1 else model.to(distributed.device())
 
 
 def engine_options(config: Config) -> EngineOptions:
@@ -303,9 +334,10 @@ def engine_options(config: Config) -> EngineOptions:
 
 
 def make_teacher(config: Config, folder: str | None, tokenizer, stack: ExitStack) -> Teacher:
-    """The teacher `teacher.kind` names; a model samples beside the student's engine."""
+    """The teacher `teacher.kind` names; a model samples beside the student's engine. A method that repairs nothing asks
+    none, and gets the one that costs nothing."""
     settings = config.teacher
-    if settings.kind == "solver":
+    if settings.kind == "solver" or not config.repairs:
         return SolverTeacher(settings.styles, settings.keep_style)
     if settings.kind == "endpoint":
         endpoint = EndpointTeacher(settings, tokenizer, config.seed)
@@ -388,7 +420,7 @@ def show_replay(config: Config, source: replay.Source) -> int:
     if distributed.is_main():
         with progress_bars(console) as progress:
             folder = role_folder(config, "student", progress)
-    student, _ = load_student(config, distributed.agree(folder))
+    student = load_student(config, distributed.agree(folder))
     status = 0
     for result in replay.replay(make_learner(config, student), source, config.rollout.prompts_per_step):
         status |= bool(result.differing)

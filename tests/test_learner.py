@@ -162,7 +162,7 @@ def biased(dtype):
 @pytest.mark.parametrize("kind", ["packed_sdpa", "sdpa", "eager"])
 def test_attention_does_not_leak_between_packed_sequences(kind):
     """Whatever stands before a sequence in the pack, its hidden states keep their bits."""
-    model = make(attn_implementation=attention.implementation(kind))
+    model = make(attn_implementation=attention.implementation(torch.float32, kind))
     target = sequence([1, 2], [3, 4, 5, 6])
 
     def rows(*before):
@@ -186,7 +186,7 @@ def test_lengths_are_asked_of_the_device_once_a_micro_batch(recomputed, monkeypa
         return sequence_lengths(position_ids)
 
     monkeypatch.setattr(attention, "sequence_lengths", lengths)
-    model = make(attn_implementation=attention.implementation("packed_sdpa"))
+    model = make(attn_implementation=attention.implementation(torch.float32, "packed_sdpa"))
     learner = learner_of(model, token_budget=12, activation_checkpointing=recomputed)
     minibatch = [sequence([1, 2, 3], [4, 5, 6]) for _ in range(5)]
     learner.update([minibatch])

@@ -9,7 +9,6 @@ from statistics import fmean
 import pytest
 import torch
 from tiny_models import response_logprobs
-
 from transformers import AutoTokenizer
 
 from scope_fast import checkpoint, train

@@ -83,7 +83,7 @@ def test_every_attention_keeps_packed_sequences_apart(kind):
     runs the same masks without half a minute of compilation.)"""
     model = make(torch.float32)
     alone = scores(model, 1)
-    model.set_attn_implementation(attention.implementation(kind))
+    model.set_attn_implementation(attention.implementation(torch.float32, kind))
     with torch.compiler.set_stance("force_eager"):
         assert scores(model, 64) == pytest.approx(alone, abs=1e-5)
 
@@ -95,7 +95,7 @@ def test_packed_attention_keeps_to_a_sliding_window():
     ids, positions = torch.arange(1, 16)[None], torch.tensor([[*range(9), *range(6)]])
     outputs = {}
     for kind in ("eager", "packed_sdpa"):
-        model.set_attn_implementation(attention.implementation(kind))
+        model.set_attn_implementation(attention.implementation(torch.float32, kind))
         outputs[kind] = model(input_ids=ids, position_ids=positions, use_cache=False).logits
     torch.testing.assert_close(outputs["packed_sdpa"], outputs["eager"], rtol=1e-4, atol=1e-5)  # its softmax is float32
     for layer in model.model.layers:
@@ -106,7 +106,7 @@ def test_packed_attention_keeps_to_a_sliding_window():
 
 def test_packed_attention_wants_one_row():
     model = make(torch.float32)
-    model.set_attn_implementation(attention.implementation("packed_sdpa"))
+    model.set_attn_implementation(attention.implementation(torch.float32, "packed_sdpa"))
     with pytest.raises(ValueError, match=r"packed_sdpa needs one row .* got query \(2, 2, 3, 16\)"):
         model(input_ids=torch.ones(2, 3, dtype=torch.int64))
 
@@ -115,7 +115,7 @@ def test_what_needs_a_gpu_is_refused_by_name():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(ValueError, match=r"learner\.attention: flash_attention_2 needs a CUDA GPU"):
-        attention.implementation("flash_attention_2")
+        attention.implementation(torch.float32, "flash_attention_2")
     with pytest.raises(ValueError, match=r"learner\.liger: .* need a CUDA GPU"):
         sharding.use_liger(make())
-    assert attention.implementation("auto") == "packed_sdpa"
+    assert attention.implementation(torch.float32) == "packed_sdpa"

@@ -38,6 +38,6 @@ def _load_scorer(config: Config, folder: str, tokenizer) -> StepScorer:
 
     check_shared_tokenizer(tokenizer, AutoTokenizer.from_pretrained(folder), "prm.path")
     model = AutoModelForTokenClassification.from_pretrained(
-        folder, dtype=dtype, attn_implementation=attention.implementation()
+        folder, dtype=dtype, attn_implementation=attention.implementation(dtype)
     )
     return TokenClassifierScorer(model.to(distributed.device()), settings.token_budget)

@@ -63,7 +63,7 @@ def load(kind: str, folder: str, student, dtype: torch.dtype, device: torch.devi
     from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Model
 
     fmt = FORMATS[kind](AutoTokenizer.from_pretrained(folder))
-    how = {"dtype": dtype, "attn_implementation": attention.implementation()}
+    how = {"dtype": dtype, "attn_implementation": attention.implementation(dtype)}
     if kind == "qwen2.5-math-prm":
         body = Qwen2Model.from_pretrained(folder, **how).to(device)
         hidden, hidden_bias, weight, bias = (t.to(device, dtype) for t in read_tensors(folder, QWEN_HEAD))

