@@ -59,6 +59,13 @@ def test_unknown_keys_name_the_nearest(key, message):
         ("loss.dual_clip", "0.9", "loss.dual_clip=0.9: expected a value above 1"),
         ("rollout.context", "128", "rollout.max_tokens=128 leaves no room for a prompt in rollout.context=128"),
         ("learner.minibatches", "25", "learner.minibatches=25 exceeds rollout.prompts_per_step=24"),
+        (
+            "rollout.server_url",
+            "http://a:1",
+            "rollout.server_url: only rollout.engine vllm_server has a server, it is auto",
+        ),
+        ("rollout.transfer", "nccl", "rollout.transfer: only rollout.engine vllm_server has a server"),
+        ("loss.kl", "k3", "loss.kl=k3 without loss.kl_coef would do nothing"),
         ("out", "runs/{metod}", "out='runs/{metod}': only {method} and {seed} are filled in"),
         ("out", "runs/{", "out='runs/{': only {method} and {seed} are filled in"),
         ("loss.clip_low", "[1", "--loss.clip_low: not YAML"),
@@ -87,6 +94,26 @@ def test_overrides_are_yaml():
     config = load(None, [("data.tasks", "[chain_sum]"), ("loss.dual_clip", "3"), ("learner.betas", "[0.8, 0.9]")])
     assert (config.data.tasks, config.loss.dual_clip, config.learner.betas) == (["chain_sum"], 3.0, (0.8, 0.9))
     assert load(None, [("loss.dual_clip", "null"), ("learner.lr", "1e-5")]).learner.lr == 1e-5  # a string to YAML
+
+
+def test_a_separator_is_read_as_a_shell_hands_it_over():
+    for text in (r"\n\n", r'"\n\n"', r"'\n\n'"):
+        config = load(None, [("scope.step_separator", text)])
+        assert config.scope.step_separator == "\n\n"
+    assert load(None, [("scope.step_separator", "Step")]).scope.step_separator == "Step"
+
+
+@pytest.mark.parametrize(
+    ("method", "monitor", "repairs", "scores"),
+    [
+        ("scope", False, True, True), ("replace", False, True, True), ("sft", False, True, False),
+        ("sft", True, True, True), ("grpo", False, False, False), ("grpo", True, False, True),
+        ("prm_reward", False, False, True),
+    ],
+)  # fmt: skip
+def test_what_a_method_asks(method, monitor, repairs, scores):
+    config = configured(method=method, **{"prm.monitor": monitor})
+    assert (config.repairs, config.scores_steps) == (repairs, scores)
 
 
 def test_what_is_saved_loads_again(tmp_path):

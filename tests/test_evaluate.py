@@ -237,6 +237,19 @@ def test_a_real_engine_a_users_judge_and_the_same_numbers_again(model, tmp_path)
     assert other["benchmarks"]["a"]["metrics"]["response/length"] != metrics["response/length"]
 
 
+def test_a_server_that_runs_already_gets_the_weights_first(model, scripted, tmp_path):
+    """It holds what a run left it."""
+    sent, engine = [], scripted(lambda prompt, sample: worked(prompt))
+    engine.update_weights = lambda weights, version: sent.append((weights.lm_head.weight.clone(), version))
+    run(str(model), "--prompts", "2", "--k", "1", tmp_path=tmp_path)
+    assert not sent
+    server = ["--rollout.engine", "vllm_server", "--rollout.server_url", "http://node:8000"]
+    run(str(model), "--prompts", "2", "--k", "1", *server, tmp_path=tmp_path)
+    ((head, version),) = sent
+    assert version == 0
+    assert torch.equal(head, AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).lm_head.weight)
+
+
 def test_a_generator_that_is_not_embedded(model, scripted, tmp_path):
     """No worked solutions, so nothing is localised; reasoning-gym scores."""
     scripted(lambda prompt, sample: f"Answer: {math.gcd(*map(int, re.findall(r'[0-9]+', prompt)))}")

@@ -118,6 +118,19 @@ def test_every_engine_that_shares_the_gpu_takes_its_share(tmp_path):
         plan.describe(configured(**{**base, "teacher.gpu_memory_utilization": 0.6}))
 
 
+def test_what_is_elsewhere_or_not_asked_takes_no_memory():
+    gpu = {"distributed.gpu_memory_gib": 40}
+    assert plan.memory(configured(**gpu), SIZES, ranks=1).engine == pytest.approx(0.4 * 40 * GIB)
+    for away in ({"rollout.server_url": "http://node:8000"}, {"rollout.server_gpus": [1]}):
+        config = configured(**gpu, **away, **{"rollout.engine": "vllm_server"})
+        assert plan.memory(config, SIZES, ranks=1).engine == 0
+    assert plan.memory(configured(**gpu, **{"rollout.engine": "transformers"}), SIZES, ranks=1).engine == 0
+    prm = {"prm.kind": "qwen2.5-math-prm", "prm.path": "nowhere", "prm.monitor": False, "teacher.kind": "model"}
+    asks_none = configured(method="grpo", **prm, **{"teacher.engine": "vllm"})
+    assert plan.reward_model_parameters(asks_none, SIZES) == 0
+    assert plan.memory(asks_none, SIZES, ranks=1).teacher_engine == 0
+
+
 def test_the_7b_preset_fits_its_gpus():
     text = plan.describe(load("qwen2.5-math-7b"))
     assert "7,615,616,512 parameters on 8 GPUs of 80 GiB" in text

