@@ -239,7 +239,7 @@ def test_a_real_engine_a_users_judge_and_the_same_numbers_again(model, tmp_path)
 
 def test_a_server_that_runs_already_gets_the_weights_first(model, scripted, tmp_path):
     """It holds what a run left it."""
-    sent, engine = [], scripted(lambda prompt, sample: worked(prompt))
+    sent, engine = [], scripted(lambda prompt, sample: "The answer is 1.")
     engine.update_weights = lambda weights, version: sent.append((weights.lm_head.weight.clone(), version))
     run(str(model), "--prompts", "2", "--k", "1", tmp_path=tmp_path)
     assert not sent
