@@ -51,7 +51,7 @@ def varieties(rollouts: Iterable[dict], steps: range) -> dict[str, float | None]
     """
     groups: dict[tuple[int, int], dict[bool, list[tuple[int, ...]]]] = {}
     for row in rollouts:
-        if row["step"] in steps:
+        if row["step"] in steps and row["reward"] is not None:  # no verdict: neither right nor wrong
             kinds = groups.setdefault((row["step"], row["group"]), {True: [], False: []})
             kinds[row["reward"] > 0.5].append(tuple(row["response_ids"]))
     right, wrong = ([group[kind] for group in groups.values() if len(group[kind]) > 1] for kind in (True, False))

@@ -126,7 +126,8 @@ class Rollout(_Section):
 
 
 class Verifier(_Section):
-    """score: "module:function" taking (response, entry) and returning (reward, answer); runs in killable workers."""
+    """score: "module:function" taking (response, entry) and returning (reward, answer); runs in killable workers. A
+    reward above 0 is a pass, whatever its size: such a rollout is not repaired."""
 
     score: str = "scope_fast.tasks:score"
     workers: Positive = 2
@@ -315,6 +316,10 @@ class Logging(_Section):
     """tensorboard and the two JSONL files are always written."""
 
     wandb_project: str | None = None
+    rollouts_every: Positive = Field(
+        1,
+        description="steps between those in rollouts.jsonl (70 bytes a token); --replay needs those since a checkpoint",
+    )
     report: bool = Field(True, description="write report.html at the end")
 
 

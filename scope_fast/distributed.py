@@ -98,6 +98,15 @@ def agree(value: T) -> T:
     return box[0]
 
 
+def gather_on_main(value: T) -> list[T] | None:
+    """Every rank's value, in the order of the ranks, on rank 0; None on the others."""
+    if not dist.is_initialized():
+        return [value]
+    values: list | None = [None] * world_size() if is_main() else None
+    dist.gather_object(value, values, dst=0)
+    return values
+
+
 def gather(value: T) -> list[T]:
     """Every rank's value, in the order of the ranks, on every rank."""
     if not dist.is_initialized():

@@ -107,7 +107,7 @@ METRICS: dict[str, Metric] = {
     "tokens/rollout": Metric("tokens", "Sampled by the engine"),
     "tokens/trained": Metric("tokens", "Rows of the loss with a gradient"),
     "tokens/skipped": Metric("tokens", "Rows dropped before the head, since nothing can flow from them"),
-    "tokens/teacher": Metric("tokens", "Written by the teacher"),
+    "tokens/teacher": Metric("tokens", "Written by the teacher, used or not, in the student's tokens without EOS"),
     "perf/tokens_per_s": Metric("rate", "Tokens sampled, a second of the whole step"),
     "perf/model_flops": Metric("count", "Model FLOPs of the update, all devices together"),
     "perf/mfu": Metric("share", "Model FLOPs over what the devices' peak rate does in the learner's time"),

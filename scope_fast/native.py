@@ -35,7 +35,10 @@ import torch
 
 logger = logging.getLogger("scope_fast")
 
-MISSING = "the compiled extension scope_fast._native is not built (install from source with a C++ compiler)"
+MISSING = (
+    "the compiled extension scope_fast._native is not built (pip install --no-build-isolation -e . builds it, where "
+    "there is a C++ compiler)"
+)
 
 
 @functools.cache

@@ -17,12 +17,14 @@ from scope_fast.tasks import STYLES, get_task
 
 @dataclass(frozen=True)
 class Request:
-    """A response to be continued: the student's own tokens so far, and their text. seed: for teachers that sample."""
+    """A response to be continued: the student's own tokens so far, and their text. seed: for teachers that sample.
+    room: most of the student's tokens that may follow, EOS too, whatever the teacher's own budget."""
 
     prompt: Prompt
     prefix_ids: list[int]
     prefix: str
     seed: int = 0
+    room: int | None = None
 
 
 @dataclass(frozen=True)

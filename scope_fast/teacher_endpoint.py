@@ -73,10 +73,14 @@ class EndpointTeacher:
         return counts
 
     def body(self, request: Request, index: int = 0) -> dict[str, Any]:
-        """What is sent. No seed where nothing is drawn, so that the cache finds the same question again."""
+        """What is sent. No seed where nothing is drawn, so that the cache finds the same question again. Of the room
+        that is left where the server counts in the student's tokens."""
+        budget = self._config.max_tokens
+        if self.sends_tokens and request.room is not None:
+            budget = max(1, min(budget, request.room))
         body: dict[str, Any] = {
             "model": self._server.model,
-            "max_tokens": self._config.max_tokens,
+            "max_tokens": budget,
             "temperature": self._config.temperature,
         }
         if self._config.temperature > 0.0:

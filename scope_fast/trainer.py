@@ -129,7 +129,8 @@ class Trainer:
     def _request(self, trajectory: Trajectory) -> Request:
         prefix = trajectory.token_ids[: trajectory.repair.kept_tokens]
         seed = self._seed("teacher", trajectory.group, trajectory.prompt.id, trajectory.sample)
-        return Request(trajectory.prompt, prefix, self.tokenizer.decode(prefix), seed)
+        room = self.config.rollout.context - len(trajectory.prompt.ids) - len(prefix)
+        return Request(trajectory.prompt, prefix, self.tokenizer.decode(prefix), seed, room)
 
     def _splice(self, trajectory: Trajectory, request: Request, reply: Reply | TeacherError) -> bool:
         """Whether there is a suffix to verify; otherwise the repair says why not."""
@@ -138,11 +139,11 @@ class Trainer:
             repair.status, repair.reason = "error", str(reply)
             return False
         repair.suffix = reply.text
-        room = self.config.rollout.context - len(request.prompt.ids) - len(request.prefix_ids)
+        self.counts["tokens/teacher"] += len(self.tokenizer.encode(reply.text, add_special_tokens=False))
         try:
             if not reply.finished:
                 raise Rejected("the suffix did not finish within its budget")
-            budget = min(room, self.config.teacher.max_tokens)
+            budget = min(request.room, self.config.teacher.max_tokens)
             repair.suffix_ids = splice(self.tokenizer, request.prefix_ids, reply.text, budget)
         except Rejected as rejection:
             repair.status, repair.reason = "rejected", str(rejection)
@@ -169,20 +170,25 @@ class Trainer:
     def record(self, groups: list[Group], stamped: list[Stamped], failed: bool) -> None:
         """One line of rollouts.jsonl for every rollout, in the order of the prompts; rank 0 writes all ranks' lines.
 
-        failed: the update was left out (in part): the same lines are kept apart, too.
+        failed: the update was left out (in part): the lines are kept apart, too, also at a step whose are not due.
         """
+        due = self.done % self.config.logging.rollouts_every == 0
+        if not (due or failed):
+            return
         lines = {
             (trajectory.group, trajectory.sample): to_json(record(self.done, trajectory, sequence, self.token_texts))
             for group, sequences in zip(groups, stamped, strict=True)
             for trajectory, sequence in zip(group, sequences, strict=True)
         }
-        every = {key: line for part in distributed.gather(lines) for key, line in part.items()}
-        if distributed.is_main():
-            for key in sorted(every):
-                self.log.append_line(every[key])
-            self.log.flush()
-            if failed:
-                health.keep_failed(self.config.run_dir, self.done, [every[key] for key in sorted(every)])
+        parts = distributed.gather_on_main(lines)
+        if parts is None:
+            return
+        every = {key: line for part in parts for key, line in part.items()}
+        for key in sorted(every) if due else ():
+            self.log.append_line(every[key])
+        self.log.flush()
+        if failed:
+            health.keep_failed(self.config.run_dir, self.done, [every[key] for key in sorted(every)])
 
     def pass_rate(self, prompts: list[Prompt], samples: int, temperature: float) -> tuple[float, int]:
         """Share of verified samples that pass, and how many got no verdict. RuntimeError when none got one."""
@@ -245,7 +251,7 @@ class Trainer:
                 for t in group
                 for version, start, end in t.weight_versions or ((t.weight_version, 0, len(t.token_ids)),)
             ),
-            "tokens/teacher": sum(len(t.repair.suffix_ids) for t in chosen),
+            "tokens/teacher": self.counts["tokens/teacher"],
         }
 
     def _values(self, groups: list[Group]) -> dict[str, list[float]]:

@@ -81,12 +81,13 @@ def test_text_that_spells_a_special_token(tokenizer, special):
 
 
 def test_a_tokenizer_that_puts_a_space_before_what_it_encodes():
-    """Llama 2's way: the text is not what follows the prefix, so nothing is trained on it."""
+    """Llama 2's way: the suffix alone would not be what follows the prefix."""
     tokenizer = sentencepiece("first")
     prefix_ids = encode(tokenizer, "12 + 3\n")
-    message = "prefix and suffix do not decode to their own text"
     assert tokenizer.decode(prefix_ids + encode(tokenizer, "12 + 2")) == "12 + 3\n 12 + 2"
-    assert rejection(tokenizer, prefix_ids, "12 + 2") == message
+    *suffix_ids, end = splice(tokenizer, prefix_ids, "12 + 2", 99)
+    assert tokenizer.decode(prefix_ids + suffix_ids) == "12 + 3\n12 + 2" and end == 1
+    assert prefix_ids + suffix_ids == encode(tokenizer, "12 + 3\n12 + 2")
     assert splice(tokenizer, prefix_ids, " 12 + 2", 99) == [*encode(tokenizer, " 12 + 2"), 1]
     plain = sentencepiece("never")
     assert splice(plain, encode(plain, "12 + 3\n"), "12 + 2", 99) == [*encode(plain, "12 + 2"), 1]

@@ -14,6 +14,7 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -419,6 +420,10 @@ def test_what_is_sent_holds_no_hint_and_no_answer():
     request = Request(prompt({"answer": "SECRET", "metadata": {"source_dataset": "x"}}), [70, 71], "12 + 7 = 19\n", 5)
     ids = teacher("http://x/v1").body(request)
     assert ids == {"model": "m", "max_tokens": 16, "temperature": 0.0, "prompt": [5, 6, 7, 70, 71]}
+    narrow = replace(request, room=3)  # in the student's tokens, which the other route does not count in
+    assert teacher("http://x/v1").body(narrow)["max_tokens"] == 3
+    assert teacher("http://x/v1").body(replace(request, room=99))["max_tokens"] == 16
+    assert teacher("http://x/v1", tokenizer=None).body(narrow)["max_tokens"] == 16
     chat = teacher("http://x/v1", tokenizer=None, temperature=0.5).body(request)
     assert chat.pop("seed") >= 0
     assert chat == {

@@ -74,14 +74,19 @@ class Awkward:
             "wrong": lambda i: Reply("1 + 1 = 3. Answer: 100000"),
             "solved": lambda i: solved[i],
         }
-        return [made[kind](i) for i, kind in enumerate(self.given)]
+        self.replies = [made[kind](i) for i, kind in enumerate(self.given)]
+        return self.replies
 
 
 def test_every_way_a_teacher_can_be_useless_is_counted(stack, tmp_path):
     trainer = make(stack, tmp_path)
     trainer.teacher = teacher = Awkward()
-    selected, _, errors, accepted, rejected = funnel(trainer.step())
+    metrics = trainer.step()
+    selected, _, errors, accepted, rejected = funnel(metrics)
     assert selected >= 5
+    texts = [reply.text for reply, kind in zip(teacher.replies, teacher.given, strict=True) if kind != "empty"]
+    written = sum(len(trainer.tokenizer.encode(text, add_special_tokens=False)) for text in texts)
+    assert metrics["tokens/teacher"] == written > 0  # what was paid for, used or not
     assert errors == teacher.given.count("empty")
     assert accepted == teacher.given.count("solved")
     assert rejected == selected - errors - accepted
@@ -181,3 +186,14 @@ def test_two_minibatches_use_old_logprobs_and_stay_close_to_the_policy(stack, tm
     metrics = trainer.step()
     assert metrics["policy/ratio_max"] > 1.0 and metrics["policy/kl"] > 0.0
     assert trainer.learner.steps == 4
+
+
+def test_rollouts_are_written_as_often_as_asked(stack, tmp_path, monkeypatch):
+    trainer = make(stack, tmp_path, logging__rollouts_every="2", steps="4")
+    update = trainer.learner.update
+    monkeypatch.setattr(trainer.learner, "update", lambda batches: {**update(batches), "learner/skipped_updates": 1})
+    for _ in range(3):
+        trainer.step()
+    assert {r["step"] for r in records(trainer)} == {2}
+    failed = sorted(path.name for path in (trainer.config.run_dir / "failed").iterdir())
+    assert failed == ["step_1.jsonl", "step_2.jsonl", "step_3.jsonl"]  # kept whether due or not

@@ -111,6 +111,13 @@ def test_a_hanging_sync_names_rank_and_phase(hangs_at, phase, http_server, tmp_p
     engine.close()
 
 
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9", "http://nowhere.invalid:8000"])
+def test_a_server_that_is_not_there_is_named(url, tmp_path):
+    make().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"rollout\.server_url: {url} is no vLLM server to train with: POST /update"):
+        VllmServerEngine(str(tmp_path), EngineOptions(server_url=url))
+
+
 @pytest.mark.parametrize("url", ["localhost:8000", "ftp://host", "http://"])
 def test_a_url_that_is_none(url):
     with pytest.raises(ValueError, match="expected http://HOST:PORT"):

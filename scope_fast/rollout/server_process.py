@@ -60,7 +60,7 @@ class Http:
                 answer = response.read()
         except TimeoutError as error:
             raise TimeoutError(f"{method} /{path}: the server gave no answer within {timeout_s:g} s") from error
-        except (ConnectionError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException) as error:  # refused, broken, or a host that has no address
             raise ServerDiedError(f"{method} /{path}: {type(error).__name__}: {error}") from error
         if response.status >= 400:
             raise RuntimeError(f"{method} /{path}: status {response.status}: {answer[:2000].decode(errors='replace')}")

@@ -222,7 +222,14 @@ class VllmServerEngine:
         self._inner_client = HttpSyncClient(self._http, options.sync_timeout_s)
         self._client = watch.PhasedClient(self._inner_client, self._rank)
         if self._transfer.is_sender:
-            self._http.post("update_weight_version", {"new_version": "0"}, options.sync_timeout_s)
+            try:
+                self._http.post("update_weight_version", {"new_version": "0"}, options.sync_timeout_s)
+            except (RuntimeError, TimeoutError) as error:
+                if options.server_url is None:
+                    raise
+                raise ValueError(
+                    f"rollout.server_url: {options.server_url} is no vLLM server to train with: {error}"
+                ) from error
 
     def _surviving(self, call: Callable[[], T], what: str) -> T:
         """The call's result; once in the engine's life over the death of its server.

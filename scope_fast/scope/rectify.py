@@ -10,7 +10,7 @@ class Rejected(ValueError):
 
 
 def splice(tokenizer, prefix_ids: list[int], suffix: str, max_tokens: int) -> list[int]:
-    """Token ids of `suffix`, encoded alone, plus the student's EOS.
+    """Token ids of `suffix`, encoded without the prefix, plus the student's EOS.
 
     prefix_ids: the student's own tokens, unchanged. max_tokens: room for the suffix and its EOS.
     Raises Rejected if the suffix is empty, repeats the prefix, spells out a special token, does not fit, or if decoding
@@ -22,6 +22,8 @@ def splice(tokenizer, prefix_ids: list[int], suffix: str, max_tokens: int) -> li
     if _repeats(suffix.strip(), prefix.strip()):
         raise Rejected("the suffix repeats the prefix")
     suffix_ids = tokenizer.encode(suffix, add_special_tokens=False)
+    if _decode(tokenizer, prefix_ids + suffix_ids) != prefix + suffix:
+        suffix_ids = _behind_a_line(tokenizer, suffix)
     if not special_ids(tokenizer).isdisjoint(suffix_ids):  # text like "</s>": an EOS in the middle
         raise Rejected("the suffix spells out a special token")
     if len(suffix_ids) + 1 > max_tokens:
@@ -29,6 +31,12 @@ def splice(tokenizer, prefix_ids: list[int], suffix: str, max_tokens: int) -> li
     if _decode(tokenizer, prefix_ids + suffix_ids) != prefix + suffix:
         raise Rejected("prefix and suffix do not decode to their own text")
     return [*suffix_ids, tokenizer.eos_token_id]
+
+
+def _behind_a_line(tokenizer, suffix: str) -> list[int]:
+    """The suffix as a tokenizer writes it that puts a space before what it encodes (Llama 2's): after a line break."""
+    line, whole = (tokenizer.encode(text, add_special_tokens=False) for text in ("\n", f"\n{suffix}"))
+    return whole[len(line) :]
 
 
 def _decode(tokenizer, token_ids: list[int]) -> str:
