@@ -8,6 +8,7 @@ from statistics import fmean
 
 import pytest
 import torch
+from fixtures.server_core import hold_core_at_pause
 from tiny_models import response_logprobs
 from transformers import AutoTokenizer
 
@@ -22,8 +23,6 @@ WORDS = {
     "rollout.prompts_per_step": "6", "rollout.max_num_seqs": "4", "rollout.num_threads": "1",
     "loss.importance_cap": "2", "prm.kind": "exact", "learner.lr": "1e-3", "verifier.workers": "1",
 }  # fmt: skip
-
-GROUP = 16
 
 
 def parse(out, **changed):
@@ -80,12 +79,12 @@ class Gate:
 
 @pytest.mark.skipif(not vllm_engine.is_installed(), reason="vllm is not installed")
 def test_every_token_is_of_the_version_it_says(tmp_path, monkeypatch):
-    # so many that sampling goes on for seconds after the gate: a busy server takes one or two to be paused
-    config = parse(tmp_path / "run", rollout__group_size=str(GROUP))
+    config = parse(tmp_path / "run")
     config.run_dir.mkdir()
     with ExitStack() as stack:
         trainer = train.build(config, stack)
         Gate(trainer.engine, monkeypatch)
+        hold_core_at_pause(trainer.engine, monkeypatch)
         weights, metrics = {0: copy.deepcopy(trainer.learner.model)}, []
         for _ in range(2):
             metrics.append(trainer.step())
@@ -100,7 +99,7 @@ def test_every_token_is_of_the_version_it_says(tmp_path, monkeypatch):
         assert trainer.engine.version == trainer.done == 2
         trainer.step()  # the third step again, from the rollouts that were kept
     *lines, last = steps_of(config.run_dir)
-    assert [line["step"] for line in last] == [3] * 6 * GROUP
+    assert [line["step"] for line in last] == [3] * 6 * 8
     for kept in ("response_ids", "logprobs", "weight_versions", "trained"):
         assert [line[kept] for line in last] == [line[kept] for line in lines[2]]
 

@@ -1,7 +1,6 @@
 """The engine over a vLLM server: HTTP that hangs or breaks on plain sockets, then one real server, used by all tests in
 the order of the file, synced, switched in flight, killed and brought back."""
 
-import contextlib
 import http.server
 import json
 import os
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fixtures.server_core import hold_core_at_pause, processes_of
 from tiny_models import make, perturb, response_logprobs
 
 from scope_fast.rollout import EngineOptions, Sampling, make_engine, vllm_engine
@@ -202,17 +202,6 @@ def gap(model, rollout, start=0, end=None):
     return float((torch.tensor(rollout.logprobs) - response_logprobs(model, rollout))[start:end].abs().max())
 
 
-def processes_of(group):
-    """Ids of the living processes of a group."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # gone meanwhile
-            state, _, process_group = stat.read_text().rsplit(")", 1)[1].split()[:3]
-            if int(process_group) == group and state != "Z":
-                found.append(int(stat.parent.name))
-    return found
-
-
 def assert_gone(leader: int) -> None:
     """No process of the group is left, a moment after its end: what was killed is reaped by others."""
     deadline = time.monotonic() + 10.0
@@ -281,17 +270,16 @@ def test_a_synced_server_equals_a_fresh_engine_bitwise(engine, model, tmp_path):
 @needs_vllm
 def test_weights_switched_in_flight(engine, model, monkeypatch):
     """Every token's log-probability is exactly that of the version the engine says drew it."""
-    old = make(tied=True)
-    for version in range(3, 7):  # on a machine that is busy otherwise, all may be drawn before we hear of the first
-        old.load_state_dict(model.state_dict())
-        sampled = Sampled(engine, monkeypatch, requests=96)  # six times what is decoded at once
-        sampled.mid_way()
-        perturb(model, seed=version)
-        engine.update_weights(model, version)
-        sampled.join()
-        rollouts = [group[0] for group in sampled.groups]
-        if crossing := [r for r in rollouts if len(r.weight_versions) == 2]:
-            break
+    old, version = make(tied=True), engine.version + 1
+    old.load_state_dict(model.state_dict())
+    hold_core_at_pause(engine, monkeypatch)
+    sampled = Sampled(engine, monkeypatch, requests=96)  # six times what is decoded at once
+    sampled.mid_way()
+    perturb(model, seed=version)
+    engine.update_weights(model, version)
+    sampled.join()
+    rollouts = [group[0] for group in sampled.groups]
+    crossing = [r for r in rollouts if len(r.weight_versions) == 2]
     assert crossing, [r.weight_versions for r in rollouts]
     for r in crossing:
         (first, _, switch), (second, _, end) = r.weight_versions
