@@ -8,7 +8,7 @@ from statistics import fmean
 
 import pytest
 import torch
-from fixtures.server_core import hold_core_at_pause
+from fixtures.server_core import slowed
 from tiny_models import response_logprobs
 from transformers import AutoTokenizer
 
@@ -47,13 +47,15 @@ def test_what_cannot_overlap_is_refused(tmp_path, capsys, changed, message):
 class Gate:
     """Sampling ahead stops after 8 requests, and goes on when weights are to be sent; they are when one more is whole.
 
-    A machine that is busy otherwise might sample all of a step before the learner is done, or after.
+    A machine that is busy otherwise might sample all of a step before the learner is done, or after. Neighbours answer
+    different prompts: the responses to one are equally long here, and all of them would be whole at once.
     """
 
     def __init__(self, engine, monkeypatch):
         self.generate, self.one, self.send = engine.generate, engine._one, engine.update_weights
+        self.ask, self.engine = engine._ask, engine
         self.opened, self.whole, self.left = threading.Event(), threading.Event(), 0
-        for name in ("generate", "update_weights", "_one"):
+        for name in ("generate", "update_weights", "_one", "_ask"):
             monkeypatch.setattr(engine, name, getattr(self, f"gated_{name.strip('_')}"))
 
     def gated_generate(self, *arguments):
@@ -61,6 +63,11 @@ class Gate:
         if threading.current_thread() is threading.main_thread():  # the first step's, before anything is learned
             self.opened.set()
         return self.generate(*arguments)
+
+    def gated_ask(self, bodies):
+        order = sorted(range(len(bodies)), key=lambda i: i % 8)
+        answers = dict(zip(order, self.ask([bodies[i] for i in order]), strict=True))
+        return [answers[i] for i in range(len(bodies))]
 
     def gated_one(self, body):
         self.left -= 1
@@ -72,9 +79,10 @@ class Gate:
         return rollout
 
     def gated_update_weights(self, weights, version):
-        self.opened.set()
-        assert self.whole.wait(120)
-        self.send(weights, version)
+        with slowed(self.engine):
+            self.opened.set()
+            assert self.whole.wait(120)
+            self.send(weights, version)
 
 
 @pytest.mark.skipif(not vllm_engine.is_installed(), reason="vllm is not installed")
@@ -84,7 +92,6 @@ def test_every_token_is_of_the_version_it_says(tmp_path, monkeypatch):
     with ExitStack() as stack:
         trainer = train.build(config, stack)
         Gate(trainer.engine, monkeypatch)
-        hold_core_at_pause(trainer.engine, monkeypatch)
         weights, metrics = {0: copy.deepcopy(trainer.learner.model)}, []
         for _ in range(2):
             metrics.append(trainer.step())

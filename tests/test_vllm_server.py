@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fixtures.server_core import hold_core_at_pause, processes_of
+from fixtures.server_core import processes_of, slowed
 from tiny_models import make, perturb, response_logprobs
 
 from scope_fast.rollout import EngineOptions, Sampling, make_engine, vllm_engine
@@ -272,11 +272,11 @@ def test_weights_switched_in_flight(engine, model, monkeypatch):
     """Every token's log-probability is exactly that of the version the engine says drew it."""
     old, version = make(tied=True), engine.version + 1
     old.load_state_dict(model.state_dict())
-    hold_core_at_pause(engine, monkeypatch)
-    sampled = Sampled(engine, monkeypatch, requests=96)  # six times what is decoded at once
-    sampled.mid_way()
-    perturb(model, seed=version)
-    engine.update_weights(model, version)
+    with slowed(engine):
+        sampled = Sampled(engine, monkeypatch, requests=96)  # six times what is decoded at once
+        sampled.mid_way()
+        perturb(model, seed=version)
+        engine.update_weights(model, version)
     sampled.join()
     rollouts = [group[0] for group in sampled.groups]
     crossing = [r for r in rollouts if len(r.weight_versions) == 2]
