@@ -18,8 +18,9 @@ from scope_fast.data import PromptSource
 from scope_fast.rollout import Rollout, vllm_engine
 from scope_fast.sampler import Sampler
 
+STEPS = 7  # each but the first a chance to meet a response in the middle
 WORDS = {
-    "method": "grpo", "steps": "4", "rollout.engine": "vllm_server", "rollout.overlap": "one_step",
+    "method": "grpo", "steps": str(STEPS), "rollout.engine": "vllm_server", "rollout.overlap": "one_step",
     "rollout.prompts_per_step": "6", "rollout.max_num_seqs": "4", "rollout.num_threads": "1",
     "loss.importance_cap": "2", "prm.kind": "exact", "learner.lr": "1e-3", "verifier.workers": "1",
 }  # fmt: skip
@@ -93,35 +94,37 @@ def test_every_token_is_of_the_version_it_says(tmp_path, monkeypatch):
         trainer = train.build(config, stack)
         Gate(trainer.engine, monkeypatch)
         weights, metrics = {0: copy.deepcopy(trainer.learner.model)}, []
-        for _ in range(2):
+        for _ in range(STEPS - 2):
             metrics.append(trainer.step())
             weights[trainer.done] = copy.deepcopy(trainer.learner.model)
-        state = trainer.state_dict()  # waits for the rollouts of the third step
+        state = trainer.state_dict()  # waits for the rollouts of the last step but one
         path = checkpoint.save(config.run_dir, trainer.done, state, keep=1)
         metrics.append(trainer.step())
         weights[trainer.done] = copy.deepcopy(trainer.learner.model)
         metrics.append(trainer.step())
 
         trainer.load_state_dict(checkpoint.load(path, trainer.state_dict()))
-        assert trainer.engine.version == trainer.done == 2
-        trainer.step()  # the third step again, from the rollouts that were kept
+        assert trainer.engine.version == trainer.done == STEPS - 2
+        trainer.step()  # once more, from the rollouts that were kept
     *lines, last = steps_of(config.run_dir)
-    assert [line["step"] for line in last] == [3] * 6 * 8
+    assert [line["step"] for line in last] == [STEPS - 1] * 6 * 8
     for kept in ("response_ids", "logprobs", "weight_versions", "trained"):
-        assert [line[kept] for line in last] == [line[kept] for line in lines[2]]
+        assert [line[kept] for line in last] == [line[kept] for line in lines[STEPS - 2]]
 
-    assert [m["sync/weight_version"] for m in metrics] == [1, 2, 3, 4]
+    assert [m["sync/weight_version"] for m in metrics] == list(range(1, STEPS + 1))
     for step, (line, measured) in enumerate(zip(lines, metrics, strict=True)):
         rollouts = [as_rollout(record) for record in line]
         versions = [version for r in rollouts for version in r.token_versions()]
         assert set(versions) <= {max(step - 1, 0), step}
         assert measured["sampling/staleness"] == pytest.approx(fmean(step - version for version in versions))
-        for rollout in rollouts[:: 1 if step in (1, 2) else 4]:
+        for rollout in (r for i, r in enumerate(rollouts) if i % 4 == 0 or len(r.weight_versions) > 1):
             by_version = {v: response_logprobs(weights[v], rollout) for v in set(rollout.token_versions())}
             truth = torch.stack([by_version[v][i] for i, v in enumerate(rollout.token_versions())])
             assert (truth - torch.tensor(rollout.logprobs)).abs().max() < 2e-4
     assert metrics[0]["sampling/staleness"] == 0.0
-    crossing = [(step, as_rollout(r)) for step in (1, 2) for r in lines[step] if len(r["weight_versions"]) == 2]
+    crossing = [
+        (step, as_rollout(r)) for step in range(1, STEPS) for r in lines[step] if len(r["weight_versions"]) == 2
+    ]
     assert crossing  # a step's rollouts were running when the update of the step before came
     gaps = [response_logprobs(weights[step - 1], r) - response_logprobs(weights[step], r) for step, r in crossing]
     assert max(gap.abs().max() for gap in gaps) > 1e-2  # and the versions can be told apart
