@@ -30,13 +30,14 @@ from .softmax import (
 )
 
 TILE_BYTES = 1 << 30  # logits of a vocabulary tile in the backward
-STREAM_BYTES = 64 << 20  # the same in the streaming mode
+STREAM_BYTES = 64 << 20  # the same in the streaming mode, where a tile of STREAM_WIDTH takes no more
+STREAM_WIDTH = 2048  # narrower ones would spend their time on dX, which is read and written for each
 TILE_ALIGN = 256
 ROW_ALIGN = 128  # of chunks of rows: slices of the outputs start on 16 bytes, and matmuls have whole tiles
 MERGED_SPLITS = 16  # at a time: hundreds at once (few rows on many processors) do not fit into registers
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _row_stats_kernel(
     logits, bias, target, temperature, default, logprob, entropy, logsumexp, state, num_rows, size, stride,
     BLOCK: tl.constexpr,
@@ -52,7 +53,7 @@ def _row_stats_kernel(
     tl.store(state + num_rows + r, log_s)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "first"])
 def _dlogits_kernel(
     logits, dlogits, bias, target, temperature, default, grad_logprob, grad_entropy, grad_logsumexp, entropy, state,
     num_rows, first, size, stride, dstride, BLOCK: tl.constexpr,
@@ -260,11 +261,13 @@ def gradient_by_vocabulary(
     need_dhidden, need_dweight, need_dbias = needs
     # the streaming forward's statistics are of float32 logits, and p must be too
     kept = logit_dtypes(hidden.dtype, "float32" if chunk_tokens == 0 else logits_dtype)
-    width = (STREAM_BYTES if chunk_tokens == 0 else TILE_BYTES) // (max(num_rows, 1) * kept.itemsize)
-    width = min(size, max(TILE_ALIGN, width // TILE_ALIGN * TILE_ALIGN))
+    least, room = (STREAM_WIDTH, STREAM_BYTES) if chunk_tokens == 0 else (TILE_ALIGN, TILE_BYTES)
+    width = room // (max(num_rows, 1) * kept.itemsize) // TILE_ALIGN * TILE_ALIGN
+    width = min(size, max(least, width))
     logits, dlogits = logit_buffer(num_rows, width, kept, hidden.dtype, device)
     dx = torch.zeros(hidden.shape if need_dhidden else (0,), dtype=torch.float32, device=device)
-    dweight = torch.zeros(weight.shape if need_dweight else (0,), dtype=weight.dtype, device=device)
+    make = torch.empty if num_rows else torch.zeros  # every tile of dweight is written, where there is a row
+    dweight = make(weight.shape if need_dweight else (0,), dtype=weight.dtype, device=device)
     dbias = torch.zeros(weight.shape[:1] if need_dbias else (0,), dtype=weight.dtype, device=device)
     temperature, bias = narrow(temperature), None if bias is None else bias.contiguous()
     target, g, h, k = (x.contiguous() for x in (target, *grads))

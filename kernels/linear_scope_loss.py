@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from . import plan
+from .compat import cast
 from .linear_logprob import gradient_by_vocabulary, stream_stats
 from .rows import NUM_METRICS, kernel_streams, narrow, reduce_table, row_terms
 from .scope_loss import scope_loss
@@ -28,8 +29,10 @@ from .softmax import (
     write_dlogits,
 )
 
+SCALE_BLOCK = 8192
 
-@triton.jit
+
+@triton.jit(do_not_specialize=["first", "num_rows"])  # they differ from step to step
 def _linear_scope_loss_kernel(
     logits, dlogits, bias, target, streams, temperature, index, o, table, first, num_rows, size, stride, dstride,
     GRADIENT: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
@@ -88,6 +91,14 @@ def linear_scope_loss(
         chunk_tokens = plan.chunk_rows(num_rows, dim, size * kept.itemsize, num_processors(device), budget)
     chunk_tokens = max(1, min(chunk_tokens, num_rows))
     grads = Gradients(hidden, weight, needs, dense=num_rows == hidden.shape[0], once=chunk_tokens >= num_rows)
+    table = _by_chunks(hidden, weight, bias, rows, index, options, kept, chunk_tokens, grads)
+    metrics = reduce_table(table)
+    return metrics[0] + metrics[1], metrics, *grads.result()  # dW is cast where the logits were
+
+
+def _by_chunks(hidden, weight, bias, rows, index, options, kept, chunk_tokens: int, grads) -> torch.Tensor:
+    """The metrics of every row, (NUM_METRICS, A); the gradients go into grads."""
+    num_rows, size, device = index.numel(), weight.shape[0], hidden.device
     table = torch.empty(NUM_METRICS, num_rows, dtype=torch.float32, device=device)
     streams = kernel_streams(rows)
     target, temperature = rows.target.contiguous(), _temperature(rows)
@@ -100,12 +111,28 @@ def linear_scope_loss(
         mm(x, weight.T, z)
         _linear_scope_loss_kernel[(n,)](
             z, dz, bias, target, streams, temperature, chunk, options, table, first, num_rows, size,
-            z.stride(0), dz.stride(0), GRADIENT=any(needs), ENTROPY=options.entropy_coef != 0, BLOCK=BLOCK,
+            z.stride(0), dz.stride(0), GRADIENT=any(grads.needs), ENTROPY=options.entropy_coef != 0, BLOCK=BLOCK,
             num_warps=NUM_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
         grads.add(x, dz, weight, chunk, first)
-    metrics = reduce_table(table)
-    return metrics[0] + metrics[1], metrics, *grads.result()
+    return table
+
+
+@triton.jit
+def _scale_kernel(x, factor, out, size, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(x + at, mask=at < size, other=0.0).to(tl.float32) * tl.load(factor).to(tl.float32)
+    tl.store(out + at, cast(value, out.dtype.element_ty), mask=at < size)
+
+
+def scaled(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """x (contiguous) times factor (one element), multiplied in float32 and rounded once; torch's own kernel for mixed
+    dtypes moves two bytes at a time."""
+    out = torch.empty_like(x)
+    if x.numel():
+        grid = (triton.cdiv(x.numel(), SCALE_BLOCK),)
+        _scale_kernel[grid](x, factor, out, x.numel(), BLOCK=SCALE_BLOCK, num_warps=8, enable_fp_fusion=True)
+    return out
 
 
 class Gradients:

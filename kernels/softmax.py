@@ -17,9 +17,10 @@ import triton.language as tl
 from .compat import cast
 
 LOWEST = tl.constexpr(-3.0e38)  # a running maximum that no logit reached yet: finite, so that differences are not NaN
-BLOCK = 4096
+BLOCK = 2048  # at 4096 ptxas reads a block's four vectors one after another, and 80 registers leave three programs
 NUM_WARPS = 8
-ALIGN = 16  # elements: logit rows start on 32 bytes (bfloat16) or 64 (float32), what tensor cores load at full speed
+# elements: logit rows start on 32 bytes (bfloat16) or 64 (float32), what tensor cores load at full speed
+ALIGN = tl.constexpr(16)
 
 
 @triton.jit
@@ -35,12 +36,17 @@ def row_scale(temperature, segment, at, default):
 
 
 @triton.jit
+def padded(size):
+    """Up to here a row may be read and written (see logit_buffer): whole vectors, whatever the vocabulary's size."""
+    return (size + ALIGN - 1) // ALIGN * ALIGN
+
+
+@triton.jit
 def load_logits(row, bias, column, size, scale):
-    mask = column < size
-    z = tl.load(row + column, mask=mask, other=float("-inf")).to(tl.float32)
+    z = tl.load(row + column, mask=column < padded(size), other=float("-inf")).to(tl.float32)
     if bias is not None:
-        z += tl.load(bias + column, mask=mask, other=0.0).to(tl.float32)
-    return z * scale
+        z += tl.load(bias + column, mask=column < size, other=0.0).to(tl.float32)
+    return tl.where(column < size, z * scale, float("-inf"))
 
 
 @triton.jit
@@ -95,8 +101,12 @@ def target_logprob(row, bias, target, size, scale, top, log_s):
 def write_dlogits(
     row, out, bias, target, size, scale, top, log_s, entropy, g, h, k, ENTROPY: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """The row's gradient, from its last block to its first; out may be the upper half of row (see logit_buffer)."""
+    """The row's gradient, from its last block to its first; out may be the upper half of row (see logit_buffer).
+
+    A target outside [0, size) is none of the columns.
+    """
     num_blocks = tl.cdiv(size, BLOCK)
+    hit = tl.where((target >= 0) & (target < size), target, -1).to(tl.int32)
     for i in range(0, num_blocks):
         column = (num_blocks - 1 - i) * BLOCK + tl.arange(0, BLOCK)
         log_p = load_logits(row, bias, column, size, scale) - top - log_s
@@ -104,18 +114,19 @@ def write_dlogits(
         slope = k - g
         if ENTROPY:
             slope -= tl.where(p > 0, h * (log_p + entropy), 0.0)
-        dz = p * slope + tl.where(column == target, g, 0.0)
+        dz = p * slope + tl.where(column == hit, g, 0.0)
         tl.debug_barrier()  # every lane has read its logits before any lane writes over them
-        tl.store(out + column, cast(dz * scale, out.dtype.element_ty), mask=column < size)
+        tl.store(out + column, cast(dz * scale, out.dtype.element_ty), mask=column < padded(size))
 
 
 def logit_buffer(num_rows: int, size: int, logits: torch.dtype, operand: torch.dtype, device: torch.device):
-    """(logits, dlogits), each (num_rows, size), rows strided, sharing memory: dlogits in the matmuls' dtype.
+    """(logits, dlogits), each (num_rows, size), rows strided, sharing memory: dlogits in the matmuls' dtype. What lies
+    between two rows is the kernels' to overwrite.
 
     Of a wider dtype, the gradient is the upper half of its row of logits, so that writing backwards never overtakes:
     by the barrier of write_dlogits, which on AMD lets loads of other wavefronts pass, so there it has its own.
     """
-    stride = triton.cdiv(size, ALIGN) * ALIGN
+    stride = triton.cdiv(size, ALIGN.value) * ALIGN.value
     buffer = torch.empty(num_rows, stride, dtype=logits, device=device)
     if logits == operand:
         return buffer[:, :size], buffer[:, :size]

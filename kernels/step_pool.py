@@ -12,10 +12,20 @@ import triton.language as tl
 
 from .compat import dot
 
-BLOCK_S, BLOCK_M = 16, 64  # the MLP tile: S is small (T / 50), so rows are few and M is split
-BLOCK_D = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 32}  # float32: 64 would spill registers
+MLP_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MANY_STEPS = 512  # from here on rows of steps fill tiles that reuse hidden_weight from shared memory, not from L2
 BLOCK_LINEAR = 1024
 BLOCK_STEPS = 64
+
+
+def mlp_blocks(dtype: torch.dtype, num_steps: int, aligned: bool) -> dict[str, int]:
+    """Tiles of the MLP head; aligned: its sizes are multiples of 16.
+
+    Few steps: M is split, to fill the GPU. Large tiles want tensor cores, and spill without rows of whole vectors.
+    """
+    if dtype == torch.float32 or not aligned or num_steps < MANY_STEPS:
+        return {"BLOCK_S": 16, "BLOCK_M": 64, "BLOCK_D": 32 if dtype == torch.float32 else 64, "num_warps": 4}
+    return {"BLOCK_S": 128, "BLOCK_M": 128, "BLOCK_D": 64, "num_warps": 8}
 
 
 @triton.jit
@@ -167,16 +177,18 @@ def _mlp_scores(hidden, step_end, weight, hidden_weight, hidden_bias) -> torch.T
         raise ValueError(
             f"hidden_weight is {hidden_weight.dtype}, hidden is {hidden.dtype}: the triton backend wants one"
         )
-    if hidden.dtype not in BLOCK_D:
-        wanted = ", ".join(map(str, BLOCK_D))
+    if hidden.dtype not in MLP_DTYPES:
+        wanted = ", ".join(map(str, MLP_DTYPES))
         raise ValueError(f"hidden is {hidden.dtype}: an MLP head of the triton backend wants {wanted}")
     num_steps, (width, dim), classes = step_end.numel(), hidden_weight.shape, weight.shape[0]
-    num_tiles = triton.cdiv(width, BLOCK_M)
+    aligned = all(n % 16 == 0 for n in (dim, width, hidden.stride(0)))
+    blocks = mlp_blocks(hidden.dtype, num_steps, aligned)
+    num_tiles = triton.cdiv(width, blocks["BLOCK_M"])
     partial = torch.empty(num_tiles, num_steps, classes, dtype=torch.float32, device=hidden.device)
     if num_steps:
-        _mlp_score_kernel[(triton.cdiv(num_steps, BLOCK_S), num_tiles)](
+        _mlp_score_kernel[(triton.cdiv(num_steps, blocks["BLOCK_S"]), num_tiles)](
             hidden, step_end, hidden_weight, hidden_bias, weight, partial, num_steps, dim, width,
-            hidden.stride(0), hidden_weight.stride(0), weight.stride(0), C=classes, BLOCK_S=BLOCK_S,
-            BLOCK_M=BLOCK_M, BLOCK_D=BLOCK_D[hidden.dtype], num_warps=4, enable_fp_fusion=True,
+            hidden.stride(0), hidden_weight.stride(0), weight.stride(0), C=classes,
+            enable_fp_fusion=True, **blocks,
         )  # fmt: skip
     return partial

@@ -56,6 +56,22 @@ def test_logits_of_more_than_two_to_the_31_elements():
     torch.testing.assert_close(whole, alone, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("logits_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("V", [33024, 33001])
+def test_rows_of_many_blocks_against_float64(V, logits_dtype):
+    """The gradient goes over the logits it is made of, block by block, in whole vectors: against something else."""
+    hidden, weight, streams = problem(300, 256, V)
+    loss, metrics = step(hidden, weight, streams, logits_dtype=logits_dtype)
+    found = [loss.detach(), *take_gradients(hidden, weight)]
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    truth, _ = linear_scope_loss(*exact, streams, LossOptions(entropy_coef=0.01), backend="reference")
+    truth.backward()
+    rounding = 1e-2 if logits_dtype == "bfloat16" else 4e-3  # of the logits, or of the gradients alone
+    for got, true in zip(found, [truth.detach(), *take_gradients(*exact)], strict=True):
+        assert (got.double() - true).norm() <= rounding * true.norm()
+    assert metrics["policy/rows"] == 75
+
+
 def test_a_cuda_graph_replays_forward_and_backward():
     hidden, weight, streams = problem(256, 128, 1000)
     stream = torch.cuda.Stream()

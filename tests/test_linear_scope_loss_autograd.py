@@ -6,7 +6,7 @@ from opcases import Case, Place, all_options, gradients, make_case, naive_loss, 
 
 from scope_fast import LossOptions, linear_scope_loss, native
 from scope_fast.ops import reference
-from scope_fast.ops.linear_scope_loss import STEM, linear_scope_loss_op
+from scope_fast.ops.linear_scope_loss import STEM, linear_scope_loss_op, scaled_op
 from scope_fast.ops.options import encode
 
 on_places = places("linear_scope_loss")
@@ -68,6 +68,19 @@ def test_the_upstream_gradient_is_not_rounded_to_bfloat16(place):
     for a, b in zip(once, third, strict=True):
         assert b.dtype == torch.bfloat16
         torch.testing.assert_close(b, (a.double() / 3).bfloat16(), rtol=0, atol=0)
+
+
+@places(reference=False)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_kernel_that_scales_rounds_once(place, dtype):
+    from scope_fast.kernels.linear_scope_loss import SCALE_BLOCK, scaled
+
+    r = torch.Generator().manual_seed(0)
+    for shape in ((0,), (1,), (3, 5), (SCALE_BLOCK + 7,)):
+        x, factor = torch.randn(shape, generator=r).to(place.device, dtype), torch.tensor(1 / 3, device=place.device)
+        assert torch.equal(scaled(x, factor), (x.double() * factor.double()).to(dtype)) or dtype == torch.float32
+        torch.testing.assert_close(scaled(x, factor), x.float().mul(factor).to(dtype), rtol=0, atol=0)
+    torch.library.opcheck(scaled_op, (x, factor))
 
 
 @on_places

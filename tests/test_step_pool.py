@@ -58,6 +58,26 @@ def test_tau_is_inclusive_and_nan_is_an_error(place):
 
 
 @on_places
+@pytest.mark.parametrize("D", [32, 24])  # the second has no rows of whole vectors
+def test_an_mlp_head_on_many_steps(place, D):
+    """As many as fill the large tiles, and a rest."""
+    if place.backend == "cuda":
+        pytest.skip("the head with a hidden layer is Triton's")
+    S, M, r = 700, 144, torch.Generator().manual_seed(1)
+    hidden, hw, hb = (torch.randn(*n, generator=r).bfloat16().double() for n in ((90, D), (M, D), (M,)))
+    w, b = (torch.randn(*n, generator=r).bfloat16().double() / 8 for n in ((2, M), (2,)))
+    step_end, cu_steps = torch.randint(0, 90, (S,), generator=r), torch.tensor([0, 1, 300, S])
+    true = ((hidden[step_end] @ hw.T + hb).relu() @ w.T + b).softmax(1)[:, 1]
+    for dtype in place.dtypes:
+        inputs = [x.to(place.device, dtype) for x in (hidden, w, b, hw, hb)]
+        rest = (step_end.to(place.device), cu_steps.to(place.device))
+        prob = step_pool(inputs[0], PrmHead(*inputs[1:]), *rest, backend=place.backend).prob
+        # the reference multiplies in the inputs' dtype, as a model does
+        slack = 5e-2 if dtype == torch.bfloat16 and place.backend != "triton" else 1e-4
+        torch.testing.assert_close(prob.double().cpu(), true, rtol=0, atol=slack)
+
+
+@on_places
 def test_every_head(place):
     """Linear, MLP, sigmoid and lm_head heads against their formulas, in every dtype; boundaries repeat and jump."""
     T, D, M, V = 40, 24, 12, 30

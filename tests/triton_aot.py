@@ -40,8 +40,10 @@ DTYPES = {"*bf16": torch.bfloat16, "*fp32": torch.float32}
 
 
 def vocabulary(name: str, *arguments: str) -> dict:
-    """Sizes and strides of logits: multiples of 16 in the full variants, as in nearly every model."""
-    return dict.fromkeys(arguments or ("size", "stride", "dstride"), "i32:16" if name == "full" else "i32")
+    """Sizes and strides: multiples of 16 in the full variants, as in nearly every model; of the row kernels the strides
+    alone, which logit_buffer makes so, whatever the vocabulary."""
+    aligned = dict.fromkeys(arguments or ("size", "stride", "dstride"), "i32:16" if name == "full" else "i32")
+    return aligned | ({"size": "i32"} if "stride" in aligned else {})
 
 
 def variants():
@@ -60,6 +62,10 @@ def variants():
                 "table": F32, "first": "i32", "num_rows": "i32", **vocabulary(name), "GRADIENT": gradient,
                 "ENTROPY": name == "full", "BLOCK": softmax.BLOCK,
             }, {"num_warps": softmax.NUM_WARPS}  # fmt: skip
+    for operand in DTYPES:
+        yield linear_scope_loss._scale_kernel, operand[1:], {
+            "x": operand, "factor": F32, "out": operand, "size": "i64:16", "BLOCK": linear_scope_loss.SCALE_BLOCK,
+        }, {"num_warps": 8}  # fmt: skip
     yield _reduce_table_kernel, "", {"table": F32, "out": F32, "num_columns": "i32", "BLOCK": 1024}, {"num_warps": 4}
     yield from logprob_variants()
     yield from pool_variants()
@@ -107,12 +113,15 @@ def pool_variants():
                 "hidden": operand, "step_end": "*i64", "weight": operand, "partial": F32, "dim": "i32",
                 "stride_h": "i32", "stride_w": "i32", "C": classes, "BLOCK": step_pool.BLOCK_LINEAR,
             }, {"num_warps": 4}  # fmt: skip
-            sizes = dict.fromkeys(("num_steps", "dim", "width", "stride_h", "stride_m", "stride_w"), "i32")
-            yield step_pool._mlp_score_kernel, f"C={classes} {operand[1:]}", {
-                "hidden": operand, "step_end": "*i64", "hidden_weight": operand, "hidden_bias": operand,
-                "weight": operand, "partial": F32, **sizes, "C": classes, "BLOCK_S": step_pool.BLOCK_S,
-                "BLOCK_M": step_pool.BLOCK_M, "BLOCK_D": step_pool.BLOCK_D[dtype],
-            }, {"num_warps": 4}  # fmt: skip
+            for num_steps, aligned in ((1, False), (step_pool.MANY_STEPS, True)):
+                dims = ("dim", "width", "stride_h", "stride_m", "stride_w")
+                sizes = {"num_steps": "i32", **dict.fromkeys(dims, "i32:16" if aligned else "i32")}
+                blocks = step_pool.mlp_blocks(dtype, num_steps, aligned)
+                launch = {"num_warps": blocks.pop("num_warps")}
+                yield step_pool._mlp_score_kernel, f"C={classes} {operand[1:]} {num_steps}", {
+                    "hidden": operand, "step_end": "*i64", "hidden_weight": operand, "hidden_bias": operand,
+                    "weight": operand, "partial": F32, **sizes, "C": classes, **blocks,
+                }, launch  # fmt: skip
         pools = dict.fromkeys(("low", "mean", "prod", "last"), F32)
         yield step_pool._verdict_kernel, f"C={classes}", {
             "partial": F32, "bias": "*bf16" if classes == 2 else None, "cu_steps": "*i64", "prob": F32,
@@ -170,6 +179,8 @@ def main(names: list[str]) -> None:
             target = TARGETS[name]
             compiled = triton.compile(source(kernel, arguments, False), target=target, options=launch)
             record = {"kernel": kernel.__name__, "variant": variant, "target": name, "shared": compiled.metadata.shared}
+            ptx = compiled.asm.get("ptx", "")
+            record["wide"] = [what for what in ("ld", "st") if f"{what}.global.v4.b32" in ptx]
             print(json.dumps(record | resources(compiled, target)), flush=True)
         triton.compile(source(kernel, arguments, True), target=TARGETS[(names or ["sm_90"])[0]], options=launch)
 

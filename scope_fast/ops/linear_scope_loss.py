@@ -108,10 +108,26 @@ def _scaled(saved: Tensor, grad_loss: Tensor) -> Tensor:
     plain = type(grad_loss) is Tensor and grad_loss.device.type == "cpu" and not torch.compiler.is_compiling()
     if plain and grad_loss.item() == 1.0:
         return saved
-    if saved.device.type == "cpu":
-        return saved * grad_loss  # a 0-dim factor leaves the dtype alone, and is not rounded to it first
-    # on a GPU it is: a dimension makes the product float32, rounded once as it is stored
-    return torch.mul(saved, grad_loss.reshape([1] * saved.dim()), out=torch.empty_like(saved))
+    return scaled_op(saved, grad_loss)
+
+
+@torch.library.custom_op("scope_fast::scaled", mutates_args=())
+def scaled_op(x: Tensor, factor: Tensor) -> Tensor:
+    """x times factor, of one element, in the dtype of x: multiplied in float32 (float64) and rounded once."""
+    if x.device.type == "cpu":
+        return x * factor.reshape(())  # a 0-dim factor leaves the dtype alone, and is not rounded to it first
+    with dispatch.body(x):
+        if dispatch.resolve(STEM, dispatch.AUTO, x.device.type) == "triton":
+            from scope_fast.kernels.linear_scope_loss import scaled
+
+            return scaled(x.contiguous(), factor)
+        # on a GPU it is rounded: a dimension makes the product float32, rounded once as it is stored
+        return torch.mul(x, factor.reshape([1] * x.dim()), out=torch.empty_like(x))
+
+
+@scaled_op.register_fake
+def _fake_scaled(x, factor):
+    return torch.empty_like(x)
 
 
 linear_scope_loss_op.register_autograd(_backward, setup_context=_setup_context)
