@@ -123,7 +123,8 @@ def limits(spec: Spec) -> list[Variant]:
 
 def variants(spec: Spec) -> list[Variant]:
     found = limits(spec) if "time" in spec.measures else []
-    found += harness.ours(STEM, spec.device, lambda backend: our_variants(spec, backend))
+    reference = spec.device == "cpu"  # a GPU's would take most of the time
+    found += harness.ours(STEM, spec.device, lambda backend: our_variants(spec, backend), reference)
     others = peer_variants(spec)
     return found + (others if spec.peers else others[:1])
 

@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,6 +30,7 @@ else:
 
 MIN_SAMPLE_S = 0.02  # perf_counter and the scheduler are good to some 10 us: 0.1 % of this
 MAX_INNER = 200
+MAX_HEAD_START_S, CYCLES_PER_S = 0.02, 2e9
 MIN_ROUNDS = 3
 PREPARE_SHARE = 0.7
 FLUSH_BYTES = 256 << 20  # five times an H100's L2
@@ -164,23 +166,39 @@ class Clock:
             self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
 
     def calls_per_sample(self, run: Callable[[], Any]) -> int:
-        """1 on a GPU, whose events are precise; on a CPU as many as make a sample of MIN_SAMPLE_S."""
-        if self.device == "cuda":
-            return 1
+        """On a CPU: as many as make a sample of MIN_SAMPLE_S."""
         start = time.perf_counter()
         run()
         once = time.perf_counter() - start
         return max(1, min(MAX_INNER, round(MIN_SAMPLE_S / max(once, 1e-9))))
 
-    def sample(self, run: Callable[[], Any], calls: int) -> float:
+    def head_start(self, run: Callable[[], Any]) -> int:
+        """On a GPU: cycles it is kept busy before a sample, so that the host has asked for everything by then; else the
+        events around a call of a few microseconds would time Python."""
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        asked_s = time.perf_counter() - start
+        torch.cuda.synchronize()
+        return int(min(1.5 * asked_s + 5e-5, MAX_HEAD_START_S) * CYCLES_PER_S)
+
+    def sampler(self, run: Callable[[], Any]) -> Callable[[], float]:
+        """A call of it is one sample, in seconds of one call of `run`."""
         if self.device == "cuda":
-            start, end = self.events
-            self.flush.zero_()
-            start.record()
-            run()
-            end.record()
-            end.synchronize()
-            return start.elapsed_time(end) / 1e3
+            return partial(self._by_events, run, self.head_start(run))
+        return partial(self._by_clock, run, self.calls_per_sample(run))
+
+    def _by_events(self, run: Callable[[], Any], cycles: int) -> float:
+        start, end = self.events
+        self.flush.zero_()
+        torch.cuda._sleep(cycles)
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    def _by_clock(self, run: Callable[[], Any], calls: int) -> float:
         start_s = time.perf_counter()
         for _ in range(calls):
             run()
@@ -188,21 +206,53 @@ class Clock:
 
 
 def interleaved(
-    runs: dict[str, Callable[[], Any]], device: str, repeats: int, budget_s: float | None = None
+    runs: dict[str, Callable[[], Any]],
+    device: str,
+    repeats: int,
+    budget_s: float | None = None,
+    failed: dict[str, str] | None = None,
 ) -> dict[str, list[float]]:
-    """Samples in seconds of each call, taken in turns; fewer rounds (MIN_ROUNDS at least) when budget_s runs out."""
-    clock = Clock(device)
-    calls = {name: clock.calls_per_sample(run) for name, run in runs.items()}
+    """Samples in seconds of each call, taken in turns; fewer rounds (MIN_ROUNDS at least) when budget_s runs out.
+
+    A call that fails is left out, its reason in `failed`; where the device fails with it, what was sampled is all.
+    """
+    clock, failed = Clock(device), {} if failed is None else failed
+    samplers: dict[str, Callable[[], float]] = {}
     samples: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():  # memory freed since the first calls is taken again, outside the samples
-        clock.sample(run, 1)
+
+    def attempt(name: str, what: Callable[[], Any]) -> Any:
+        try:
+            return what()
+        except FAILURES as error:
+            failed[name] = failure(error)
+            samplers.pop(name, None)
+            del samples[name]
+            return None
+
+    for name, run in runs.items():
+        if (sampler := attempt(name, partial(clock.sampler, run))) is not None:
+            samplers[name] = sampler
+    for name in list(samplers):  # memory freed since the first calls is taken again, outside the samples
+        attempt(name, samplers[name])
     started = time.monotonic()
     for done in range(repeats):
-        for name, run in runs.items():
-            samples[name].append(clock.sample(run, calls[name]))
+        for name in list(samplers):
+            if (seconds := attempt(name, samplers[name])) is not None:
+                samples[name].append(seconds)
+            elif not works(device):
+                return {name: taken for name, taken in samples.items() if taken}
         if budget_s is not None and done + 1 >= MIN_ROUNDS and time.monotonic() - started > budget_s:
             break
     return samples
+
+
+def works(device: str) -> bool:
+    """Whether the device still does after a call has failed: an illegal access leaves a GPU's process useless."""
+    try:
+        synchronize(device)
+    except FAILURES:
+        return False
+    return True
 
 
 def summary(samples: list[float], baseline: list[float]) -> dict[str, float]:
@@ -242,7 +292,8 @@ def measure(
 ) -> dict[str, Any]:
     """The record of one Spec. The first limit among the variants, or else the first, is the baseline of all ratios.
 
-    budget_s: a wish. Peers not reached within PREPARE_SHARE of it are left out, saying so; rounds stop at its end.
+    budget_s: a wish. Peers not reached within PREPARE_SHARE of it are left out, saying so; rounds stop at its end, or
+    after the rest of it where the preparation took longer.
     """
     started = time.monotonic()
     variants = stem_module.variants(spec)
@@ -258,7 +309,10 @@ def measure(
     else:
         runs = {v.name: None for v in present}  # each is built in a process of its own
     if "time" in spec.measures:
-        left = None if budget_s is None else started + budget_s - time.monotonic()
+        # a peer that was compiling when its time was over takes none of the rounds'
+        left = None
+        if budget_s is not None:
+            left = max((1 - PREPARE_SHARE) * budget_s, started + budget_s - time.monotonic())
         time_rows(spec, stem_module.formula(spec), variants, rows, runs, repeats, left)
     if memory and "memory" in spec.measures:
         memory_rows(spec, variants, rows, runs)
@@ -294,8 +348,11 @@ def time_rows(
     spec: Spec, formula: Formula, variants: list[Variant], rows: dict[str, dict], runs: dict, repeats: int, budget_s
 ) -> None:
     """Fill samples, their summary and the rate into the rows of the variants that ran."""
-    samples = interleaved(runs, spec.device, repeats, budget_s)
-    ran = sorted((v for v in variants if v.name in runs), key=lambda v: v.role != "limit")
+    failed: dict[str, str] = {}
+    samples = interleaved(runs, spec.device, repeats, budget_s, failed)
+    for name, reason in failed.items():
+        rows[name]["failed"] = reason
+    ran = sorted((v for v in variants if v.name in samples), key=lambda v: v.role != "limit")
     baseline = ran[0].name if ran else None
     for variant in variants:
         if variant.name not in samples:
@@ -316,7 +373,7 @@ def memory_rows(spec: Spec, variants: list[Variant], rows: dict[str, dict], runs
     from bench import memory
 
     for variant in variants:
-        if variant.role == "limit" or variant.name not in runs:
+        if variant.role == "limit" or variant.name not in runs or "failed" in rows[variant.name]:
             continue
         try:
             rows[variant.name]["extra_bytes"] = memory.extra_bytes(spec, variant, runs[variant.name])

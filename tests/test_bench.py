@@ -325,6 +325,34 @@ def test_targets_by_hand():
     }
 
 
+def test_a_call_that_fails_in_the_rounds_costs_itself_alone(monkeypatch):
+    monkeypatch.setattr(harness.Clock, "calls_per_sample", lambda self, run: 1)
+    calls, failed = [], {}
+
+    def fails():
+        calls.append(1)
+        if len(calls) > 2:
+            raise RuntimeError("out of something\nmore")
+
+    samples = harness.interleaved({"A": lambda: None, "B": fails}, "cpu", 5, failed=failed)
+    assert samples.keys() == {"A"} and len(samples["A"]) == 5
+    assert failed == {"B": "RuntimeError: out of something"}
+    monkeypatch.setattr(harness, "works", lambda device: False)  # as after an illegal access
+    calls.clear()
+    samples = harness.interleaved({"A": lambda: None, "B": fails, "C": lambda: None}, "cpu", 5)
+    assert samples.keys() == {"A", "C"} and (len(samples["A"]), len(samples["C"])) == (2, 1)
+
+
+def test_memory_beyond_an_accumulator_that_is_there():
+    device, shape = {"memory_bytes": 80 << 30, "processors": 132}, [8192, 3584, 152064]
+    assert targets.in_chunks(device, shape, 4) and not targets.in_chunks(device, [2048, 3584, 152064], 4)
+    dweight = 3584 * 152064 * 4
+    row = {"extra_bytes": dweight + (1 << 29)}
+    assert targets.beyond_accumulator(row, shape, True) == 0.5
+    assert targets.beyond_accumulator(row, shape, False) == pytest.approx(0.5 + dweight / 2**30)
+    assert targets.beyond_accumulator(None, shape, True) is None
+
+
 def test_roofline_by_hand():
     rows = {"three matmuls": {"median_s": 0.030}, "copy": {"median_s": 1.0, "rate": 2000.0}}  # GB/s
     # T V (4 + 2) + V D 10 bytes = 1e9 * 6e-3 ... : 1000 * 2e6 * 6 + 2e6 * 100 * 10 = 14e9 bytes at 2e12 bytes/s
@@ -342,7 +370,7 @@ def test_gpu_suite_fits_its_time_and_merges(monkeypatch, tmp_path):
 
     monkeypatch.setattr(gpu_suite, "run_part", run_part)
     records, wrong = gpu_suite.run_parts(tmp_path)
-    assert len(records["linear_scope_loss"]["cases"]) == 4 and len(records["linear_logprob"]["cases"]) == 2
+    assert len(records["linear_scope_loss"]["cases"]) == 8 and len(records["linear_logprob"]["cases"]) == 2
     assert "step_pool" not in records and wrong == ["step_pool: stopped after 1 s"]
 
 
