@@ -165,8 +165,9 @@ def parse(argv: list[str] | None) -> tuple[Config, str, bool, replay.Source | No
 def claim(config: Config, resume: str) -> Path | None:
     """Takes the run directory, and returns the checkpoint to go on from, if any.
 
-    Raises ValueError if a run of another configuration began there, or any at all with `--resume never`. `steps` may
-    grow between the parts of a run, unless the learning rate's schedule depends on it.
+    Raises ValueError if a run of another configuration began there, or any at all with `--resume never`. What only
+    places and paces the work may change between the parts of a run (MAY_CHANGE), and `steps`, unless the learning
+    rate's schedule depends on it.
     """
     refusal = None
     if distributed.is_main():
