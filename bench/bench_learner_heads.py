@@ -61,7 +61,7 @@ def make_model(spec: Spec):
 
 
 def make_sequences(spec: Spec) -> list[TrainSequence]:
-    """T tokens, on policy; every response token has a gradient."""
+    """T tokens, on policy; every response token has a gradient, half of them as likelihood."""
     r = torch.Generator().manual_seed(1)
     sequences, left = [], spec.shape[0]
     while left:
@@ -70,10 +70,12 @@ def make_sequences(spec: Spec) -> list[TrainSequence]:
         tokens = torch.randint(2, spec.shape[2], (length,), generator=r).tolist()
         prompt = max(1, int(length * PROMPT_SHARE))
         count, advantage = length - prompt, torch.randn(1, generator=r).item()
+        taught = count // 2  # likelihood on the second half: of policy rows alone the loss knows no log-probability
         sequences.append(
             TrainSequence(
-                tokens[:prompt], tokens[prompt:], [int(Segment.RL)] * count, [advantage] * count, [1.0] * count,
-                [0.0] * count,
+                tokens[:prompt], tokens[prompt:],
+                [int(Segment.RL)] * (count - taught) + [int(Segment.NLL)] * taught,
+                [advantage] * count, [1.0] * count, [0.0] * count,
             )
         )  # fmt: skip
     return sequences
@@ -81,8 +83,9 @@ def make_sequences(spec: Spec) -> list[TrainSequence]:
 
 def make_batch(spec: Spec) -> MicroBatch:
     sequences = make_sequences(spec)
-    rows = sum(len(s.response_ids) for s in sequences)
-    (batch,) = pack(sequences, spec.shape[0], LossOptions(), rows, 1)
+    segments = [segment for s in sequences for segment in s.segment]
+    counts = (max(1, segments.count(kind)) for kind in (Segment.RL, Segment.NLL))
+    (batch,) = pack(sequences, spec.shape[0], LossOptions(), *counts)
     return batch
 
 
@@ -114,7 +117,8 @@ class Heads:
         model = self.learner.objective.model
         hidden = hidden_rows(model, batch)
         logprob, _ = stats(hidden, model.get_output_embeddings().weight, batch.streams.target)
-        return scope_loss(logprob, batch.streams, self.learner.options)
+        backend = "reference" if logprob.dtype == torch.float64 else None
+        return scope_loss(logprob, batch.streams, self.learner.options, backend=backend)
 
     def exact_loss(self) -> tuple[float, float]:
         """Of the model's own hidden states through a float64 head: the loss, and the sum of its rows' magnitudes."""
@@ -131,8 +135,9 @@ class Heads:
         with torch.no_grad():
             loss, _ = self.learner.objective(self.batch)
         streams = self.batch.streams
-        scale = (streams.loss_weight * streams.advantage).abs().sum()  # on policy a row's loss is minus its advantage
-        return loss.item(), scale.item()
+        # on policy a policy row's loss is minus its advantage
+        rows = torch.where(streams.segment == Segment.NLL, found[0], streams.advantage)
+        return loss.item(), (streams.loss_weight * rows).abs().sum().item()
 
     def forget_truth(self) -> None:
         """Two numbers stay."""
@@ -153,6 +158,9 @@ def step(problem: Heads, stats: peers.Stats | None):
     def run() -> tuple[Tensor, ...]:
         problem.use(stats)
         done = problem.learner.update([problem.sequences])
+        if done["learner/out_of_memory"]:  # in halves it would be another measurement, and so would all that follow
+            problem.learner.halvings = 0
+            raise torch.OutOfMemoryError("the update went on in halves")
         return (torch.tensor(done["loss/total"]),)
 
     return run

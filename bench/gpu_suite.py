@@ -41,6 +41,9 @@ class Part(NamedTuple):
 BOTH, VARIED = ("--case", "forward+backward"), ("--case", "variations")
 PARTS = (
     Part("linear_logprob", ("--case", "logprob error"), 15, 1),
+    Part("step_pool", (), 12, 2),
+    Part("weight_bucket", (), 12, 2),
+    Part("scope_loss", (), 12),
     Part("linear_scope_loss", ("--shape", QWEN_7B, *BOTH), 70),
     Part("linear_scope_loss", ("--shape", QWEN_7B, *VARIED), 30),
     Part("linear_logprob", ("--shape", QWEN_7B), 30, 2),
@@ -50,9 +53,6 @@ PARTS = (
     Part("linear_scope_loss", ("--shape", "8192,4096,131072", *VARIED), 25),
     Part("linear_scope_loss", ("--shape", "2048,3584,152064", *BOTH), 35),
     Part("linear_scope_loss", ("--shape", "2048,3584,152064", *VARIED), 15),
-    Part("step_pool", (), 12, 2),
-    Part("weight_bucket", (), 12, 2),
-    Part("scope_loss", (), 12),
 )
 
 

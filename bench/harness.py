@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -39,8 +40,8 @@ OURS = "scope_fast"
 
 # what a peer or a backend may fail with; recorded by name, never passed over (KeyboardInterrupt and the like pass)
 FAILURES = (
-    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TritonError,
-    TypeError, ValueError,
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError,
+    subprocess.SubprocessError, TritonError, TypeError, ValueError,
 )  # fmt: skip
 
 
@@ -372,6 +373,8 @@ def memory_rows(spec: Spec, variants: list[Variant], rows: dict[str, dict], runs
     """Fill the peak extra memory into the rows of our variants and of the peers that ran."""
     from bench import memory
 
+    if not works(spec.device):
+        return
     for variant in variants:
         if variant.role == "limit" or variant.name not in runs or "failed" in rows[variant.name]:
             continue
@@ -384,5 +387,5 @@ def memory_rows(spec: Spec, variants: list[Variant], rows: dict[str, dict], runs
 
 def release(device: str) -> None:
     gc.collect()
-    if device == "cuda":
+    if device == "cuda" and works(device):
         torch.cuda.empty_cache()

@@ -137,12 +137,13 @@ def gpu_targets(record: dict) -> Iterator[tuple]:
         yield f"weight_bucket {case}: share of the copy bandwidth", over(rows, "copy", ours), 0.8, False
 
 
-def roofline_s(rows: Rows, shape: list[int], logits_bytes: int) -> float | None:
-    """Three matmuls, a pass over the logits (read, bf16 dlogits written), dW (fp32 written and read, bf16 written)."""
+def roofline_s(rows: Rows, shape: list[int], logits_bytes: int, accumulates: bool = True) -> float | None:
+    """Three matmuls, a pass over the logits (read, bf16 dlogits written), and dW: written as bf16, and where it is summed
+    over chunks written and read in float32 before."""
     if "median_s" not in rows.get("three matmuls", {}) or "rate" not in rows.get("copy", {}):
         return None
     T, D, V = shape
-    moved = T * V * (logits_bytes + 2) + V * D * (4 + 4 + 2)
+    moved = T * V * (logits_bytes + 2) + V * D * (2 + 8 * accumulates)
     return rows["three matmuls"]["median_s"] + moved / (rows["copy"]["rate"] * 1e9)
 
 
@@ -173,13 +174,14 @@ def gpu_head_targets(record: dict, case: dict) -> Iterator[tuple]:
             small = next((r for r in rows if ", chunk " in r and r.endswith(f"{logits} logits")), "")
             yield f"{name} {small}: GiB beyond accumulator", beyond_accumulator(rows.get(small), shape, True), 0.5
             continue
-        roofline = roofline_s(rows, shape, logits_bytes)
+        accumulates = in_chunks(device, shape, logits_bytes)
+        roofline = roofline_s(rows, shape, logits_bytes, accumulates)
         share = roofline and "median_s" in rows.get(ours, {}) and roofline / rows[ours]["median_s"]
         yield f"{name} {logits} logits: share of its roofline", share or None, 0.9, False
         others = [r for r, row in rows.items() if row["role"] == "peer" and r not in CROSS_ENTROPIES]
         rival = fastest(rows, others)
         yield f"{name} {logits} logits: times faster than {rival}", over(rows, rival, ours), 1.2, False
-        extra = beyond_accumulator(rows.get(ours), shape, in_chunks(device, shape, logits_bytes))
+        extra = beyond_accumulator(rows.get(ours), shape, accumulates)
         yield f"{name} {logits} logits: GiB beyond accumulator", extra, 1.0
         if logits == "bf16" and shape[0] == 8192:
             yield f"{name} bf16 logits / three matmuls", over(rows, ours, "three matmuls"), 1.15

@@ -83,7 +83,7 @@ def _fake(hidden, weight, bias, *args):
 
 def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
-    ctx.needs = inputs[-4:-1]
+    ctx.needs, ctx.backend = inputs[-4:-1], inputs[-1]
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[2:])
 
@@ -91,13 +91,13 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad_loss, *_):
     checks.refuse_second_derivative(STEM)
     gradients = [
-        _scaled(saved, grad_loss) if need and grad_loss is not None else None
+        _scaled(saved, grad_loss, ctx.backend) if need and grad_loss is not None else None
         for saved, need in zip(ctx.saved_tensors, ctx.needs, strict=True)
     ]
     return *gradients, *(None for _ in range(16))
 
 
-def _scaled(saved: Tensor, grad_loss: Tensor) -> Tensor:
+def _scaled(saved: Tensor, grad_loss: Tensor, backend: str) -> Tensor:
     """saved * grad_loss as a new tensor: a second backward over the same graph must find the saved gradients unscaled.
 
     `loss.backward()` starts with a factor of exactly 1. On a CPU, where looking at it waits for nothing, the saved
@@ -108,16 +108,16 @@ def _scaled(saved: Tensor, grad_loss: Tensor) -> Tensor:
     plain = type(grad_loss) is Tensor and grad_loss.device.type == "cpu" and not torch.compiler.is_compiling()
     if plain and grad_loss.item() == 1.0:
         return saved
-    return scaled_op(saved, grad_loss)
+    return scaled_op(saved, grad_loss, backend)
 
 
 @torch.library.custom_op("scope_fast::scaled", mutates_args=())
-def scaled_op(x: Tensor, factor: Tensor) -> Tensor:
+def scaled_op(x: Tensor, factor: Tensor, backend: str) -> Tensor:
     """x times factor, of one element, in the dtype of x: multiplied in float32 (float64) and rounded once."""
     if x.device.type == "cpu":
         return x * factor.reshape(())  # a 0-dim factor leaves the dtype alone, and is not rounded to it first
     with dispatch.body(x):
-        if dispatch.resolve(STEM, dispatch.AUTO, x.device.type) == "triton":
+        if x.dtype != torch.float64 and dispatch.resolve(STEM, backend, x.device.type) == "triton":
             from scope_fast.kernels.linear_scope_loss import scaled
 
             return scaled(x.contiguous(), factor)
@@ -126,7 +126,7 @@ def scaled_op(x: Tensor, factor: Tensor) -> Tensor:
 
 
 @scaled_op.register_fake
-def _fake_scaled(x, factor):
+def _fake_scaled(x, factor, backend):
     return torch.empty_like(x)
 
 
