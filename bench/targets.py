@@ -138,8 +138,8 @@ def gpu_targets(record: dict) -> Iterator[tuple]:
 
 
 def roofline_s(rows: Rows, shape: list[int], logits_bytes: int, accumulates: bool = True) -> float | None:
-    """Three matmuls, a pass over the logits (read, bf16 dlogits written), and dW: written as bf16; where it is summed over
-    chunks, written and read in float32 before."""
+    """Three matmuls, a pass over the logits (read, bf16 dlogits written), and dW: written as bf16, after it was written
+    and read as float32 where it is summed over chunks."""
     if "median_s" not in rows.get("three matmuls", {}) or "rate" not in rows.get("copy", {}):
         return None
     T, D, V = shape
