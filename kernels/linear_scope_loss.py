@@ -20,6 +20,7 @@ from .softmax import (
     NUM_WARPS,
     logit_buffer,
     logit_dtypes,
+    memory_bytes,
     mm,
     num_processors,
     require_triton_dtype,
@@ -86,8 +87,7 @@ def linear_scope_loss(
     num_rows, (size, dim), device = index.numel(), weight.shape, hidden.device
     kept = logit_dtypes(hidden.dtype, logits_dtype)
     if chunk_tokens < 0:
-        memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-        budget = plan.budget_bytes(memory)
+        budget = plan.budget_bytes(memory_bytes(device))
         chunk_tokens = plan.chunk_rows(num_rows, dim, size * kept.itemsize, num_processors(device), budget)
     chunk_tokens = max(1, min(chunk_tokens, num_rows))
     grads = Gradients(hidden, weight, needs, dense=num_rows == hidden.shape[0], once=chunk_tokens >= num_rows)

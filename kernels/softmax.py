@@ -150,6 +150,11 @@ def num_processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+def memory_bytes(device: torch.device) -> int | None:
+    """Of the whole device; None for the interpreter's."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
 def logit_dtypes(operand: torch.dtype, logits_dtype: str) -> torch.dtype:
     """What the logits are kept in: float32, or the inputs' bfloat16 where asked."""
     return torch.bfloat16 if operand == torch.bfloat16 and logits_dtype == "bfloat16" else torch.float32
