@@ -28,6 +28,7 @@ from bench import paper_plots, paper_stats
 from bench.environment import environment
 from bench.paper_stats import SPLITS, START
 from scope_fast.config import load
+from scope_fast.suite import dotted
 
 ROOT = Path(__file__).parent.parent
 ARMS = Path(__file__).with_name("paper_arms.yaml")
@@ -83,27 +84,19 @@ class Run:
         return self.folder.with_name(f"{self.folder.name}.log")
 
     def config(self, **options) -> dict[str, object]:
-        """Everything that decides the outcome but the code, by dotted key; options: of pydantic's model_dump."""
+        """Everything that decides the outcome but the code; options: of pydantic's model_dump."""
         of_start = {"warm_start", "rollout"} if self.arm == START else None  # an untrained student knows no method
         options |= {"mode": "json", "include": of_start, "exclude": NO_OUTCOME}
-        return dotted(load(str(BASE), self.overrides).model_dump(**options))
+        return load(str(BASE), self.overrides).model_dump(**options)
 
     def is_done(self) -> bool:
         """Whether its record is there and of these settings. A key that the record's time did not know decided then
         what its default decides now."""
         if not self.record.exists():
             return False
-        kept, now = json.loads(self.record.read_text())["config"], self.config()
-        new = self.config(exclude_defaults=True).keys() - kept.keys()
+        kept, now = (dict(dotted(c)) for c in (json.loads(self.record.read_text())["config"], self.config()))
+        new = dict(dotted(self.config(exclude_defaults=True))).keys() - kept.keys()
         return not new and all(name in now and now[name] == value for name, value in kept.items())
-
-
-def dotted(settings: dict, prefix: str = "") -> dict[str, object]:
-    """Nested settings by dotted key."""
-    found: dict[str, object] = {}
-    for name, value in settings.items():
-        found |= dotted(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return found
 
 
 def runs_of(arms: dict, names: list[str], seeds: int | None, out: Path, records: Path, extra: dict) -> list[Run]:

@@ -216,6 +216,11 @@ class Teacher(_Section):
         return self
 
 
+def unescaped(text: str) -> str:
+    """A separator as one writes it in a shell: \\n for a line break, \\t for a tab."""
+    return text.replace("\\n", "\n").replace("\\t", "\t")
+
+
 class Scope(_Section):
     """Which failed rollouts are repaired, and how."""
 
@@ -232,8 +237,7 @@ class Scope(_Section):
     @field_validator("step_separator")
     @classmethod
     def _from_a_shell(cls, text: str) -> str:
-        """A shell hands over a backslash and an n where a line break is meant."""
-        return text.replace("\\n", "\n").replace("\\t", "\t")
+        return unescaped(text)
 
 
 class Loss(_Section):

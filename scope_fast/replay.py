@@ -74,8 +74,9 @@ def find(text: str) -> Source:
 def replay(learner: Learner, source: Source, prompts_per_step: int) -> Iterator[Replayed]:
     """The steps from the newest checkpoint before the wanted one to the wanted one, each as it comes out. Collective.
 
-    learner: as a run makes it, with the initial weights. Under torchrun each rank takes the groups it had in a run of
-    as many ranks. ValueError for steps that rollouts.jsonl or metrics.jsonl lack.
+    learner: as a run makes it, with the initial weights. prompts_per_step: groups of a step, of all ranks. Under
+    torchrun each rank takes the groups it had in a run of as many ranks. ValueError for steps that rollouts.jsonl or
+    metrics.jsonl lack.
     """
     start = checkpoint.latest(source.run_dir, before=source.step)
     done = 0

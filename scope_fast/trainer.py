@@ -139,7 +139,6 @@ class Trainer:
             repair.status, repair.reason = "error", str(reply)
             return False
         repair.suffix = reply.text
-        self.counts["tokens/teacher"] += len(self.tokenizer.encode(reply.text, add_special_tokens=False))
         try:
             if not reply.finished:
                 raise Rejected("the suffix did not finish within its budget")
@@ -147,7 +146,9 @@ class Trainer:
             repair.suffix_ids = splice(self.tokenizer, request.prefix_ids, reply.text, budget)
         except Rejected as rejection:
             repair.status, repair.reason = "rejected", str(rejection)
+            self.counts["tokens/teacher"] += len(self.tokenizer.encode(reply.text, add_special_tokens=False))
             return False
+        self.counts["tokens/teacher"] += len(repair.suffix_ids) - 1
         return True
 
     def _response_text(self, trajectory: Trajectory) -> tuple[str, dict]:

@@ -39,11 +39,12 @@ def test_a_record_of_other_settings_is_none(tmp_path):
     paper.write_record(run.record, {"config": run.config()})
     assert run.is_done()
     assert not paper.Run("scope", 0, {"learner.lr": 1e-4}, run.folder, run.record).is_done()
-    older = {name: value for name, value in run.config().items() if name != "learner.shard_size"}  # new since then
+    older = run.config()
+    del older["learner"]["shard_size"]  # new since then
     paper.write_record(run.record, {"config": older})
     assert run.is_done()
     assert not paper.Run("scope", 0, {"learner.shard_size": 2}, run.folder, run.record).is_done()
-    paper.write_record(run.record, {"config": {**run.config(), "learner.of_old": 1}})
+    paper.write_record(run.record, {"config": {**run.config(), "of_old": 1}})
     assert not run.is_done()
 
 

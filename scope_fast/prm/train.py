@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from scope_fast.batch import bins
-from scope_fast.config import Data
+from scope_fast.config import Data, unescaped
 from scope_fast.data import encode_prompt
 from scope_fast.loading import loading
 from scope_fast.prm.formats import Encoded
@@ -182,11 +182,6 @@ def train(base: str, data: str, out: Path, settings: Settings) -> None:
     tokenizer.save_pretrained(out)
 
 
-def _unescaped(text: str) -> str:
-    """A separator as one writes it in a shell: \\n for a line break, \\t for a tab."""
-    return text.replace("\\n", "\n").replace("\\t", "\t")
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m scope_fast.prm.train", description=__doc__.split("\n\n")[0])
     parser.add_argument("base")
@@ -195,7 +190,7 @@ def main(argv: list[str] | None = None) -> int:
     defaults = Settings()
     for name in Settings.__dataclass_fields__:
         value = getattr(defaults, name)
-        kind, option = (_unescaped if name == "step_separator" else type(value)), f"--{name.replace('_', '-')}"
+        kind, option = (unescaped if name == "step_separator" else type(value)), f"--{name.replace('_', '-')}"
         parser.add_argument(option, type=kind, default=value, help=f"default {value!r}")
     arguments = vars(parser.parse_args(argv))
     base, data, out = (arguments.pop(name) for name in ("base", "data", "out"))

@@ -22,13 +22,15 @@ def splice(tokenizer, prefix_ids: list[int], suffix: str, max_tokens: int) -> li
     if _repeats(suffix.strip(), prefix.strip()):
         raise Rejected("the suffix repeats the prefix")
     suffix_ids = tokenizer.encode(suffix, add_special_tokens=False)
-    if _decode(tokenizer, prefix_ids + suffix_ids) != prefix + suffix:
+    decodes = _decode(tokenizer, prefix_ids + suffix_ids) == prefix + suffix
+    if not decodes:
         suffix_ids = _behind_a_line(tokenizer, suffix)
+        decodes = _decode(tokenizer, prefix_ids + suffix_ids) == prefix + suffix
     if not special_ids(tokenizer).isdisjoint(suffix_ids):  # text like "</s>": an EOS in the middle
         raise Rejected("the suffix spells out a special token")
     if len(suffix_ids) + 1 > max_tokens:
         raise Rejected(f"suffix of {len(suffix_ids)} tokens and EOS exceed the budget of {max_tokens}")
-    if _decode(tokenizer, prefix_ids + suffix_ids) != prefix + suffix:
+    if not decodes:
         raise Rejected("prefix and suffix do not decode to their own text")
     return [*suffix_ids, tokenizer.eos_token_id]
 
