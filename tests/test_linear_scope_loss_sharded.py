@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from fixtures.ranks import leave
 from opcases import Case, make_case
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
@@ -44,6 +45,7 @@ def run_rank(rank: int, port: int) -> None:
     torch.testing.assert_close(hidden.grad, dhidden[rows])
     torch.testing.assert_close(weight.grad.full_tensor(), dweight)
     dist.destroy_process_group()
+    leave()
 
 
 def test_gradient_is_the_sum_over_ranks():
