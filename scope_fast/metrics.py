@@ -10,6 +10,7 @@ import difflib
 import importlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -332,14 +333,48 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
                 return
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}:{number}: not JSON ({error.msg})") from None
-            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-                raise ValueError(f"{path}:{number}: expected an object with an integer step")
-            yield offset, len(line), record
+            yield offset, len(line), _parsed(line, f"{path}:{number}")
             offset += len(line)
+
+
+def read_step(path: str | Path, step: int) -> Iterator[dict[str, Any]]:
+    """The objects of one step's lines, of a file in step order, found by bisection; nothing where it has none."""
+    begin, end = end_of_step(path, step - 1), end_of_step(path, step)
+    with Path(path).open("rb") as file:
+        file.seek(begin)
+        while (offset := file.tell()) < end:
+            yield _parsed(file.readline(), f"{path}, byte {offset}")
+
+
+def end_of_step(path: str | Path, step: int) -> int:
+    """Where the whole lines up to `step` end, in bytes: by bisection, as a long run's rollouts.jsonl has gigabytes.
+
+    Lines are in step order, as the writers here keep them. Raises ValueError as `read_jsonl`, for the lines it meets.
+    """
+    with Path(path).open("rb") as file:
+        low, high = 0, file.seek(0, os.SEEK_END)  # lines that begin before low are kept, from high on they are not
+        while low < high:
+            middle = (low + high) // 2
+            file.seek(max(middle - 1, 0))
+            if middle:
+                file.readline()  # to the first line that begins at middle or later
+            begin = file.tell()
+            line = file.readline() if begin < high else b""
+            if line.endswith(b"\n") and _parsed(line, f"{path}, byte {begin}")["step"] <= step:
+                low = file.tell()
+            else:
+                high = middle
+    return low
+
+
+def _parsed(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON ({error.msg})") from None
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        raise ValueError(f"{where}: expected an object with an integer step")
+    return record
 
 
 def cut_back(path: str | Path, step: int) -> None:
@@ -348,15 +383,8 @@ def cut_back(path: str | Path, step: int) -> None:
     Lines are in step order, as the writers here keep them. A torn last line goes too.
     """
     path = Path(path)
-    if not path.exists():
-        return
-    keep = 0
-    for offset, length, record in read_jsonl(path):
-        if record["step"] > step:
-            break
-        keep = offset + length
-    with path.open("r+b") as file:
-        file.truncate(keep)
+    if path.exists():
+        os.truncate(path, end_of_step(path, step))
 
 
 class Timer:

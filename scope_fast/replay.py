@@ -19,7 +19,7 @@ from pathlib import Path
 from scope_fast import checkpoint, distributed
 from scope_fast.batch import TrainSequence, minibatch_of
 from scope_fast.learner import Learner
-from scope_fast.metrics import read_jsonl
+from scope_fast.metrics import read_jsonl, read_step
 from scope_fast.records import trained_sequence
 
 OF_LEARNER = ("loss/", "policy/", "grad/", "learner/", "tokens/trained", "tokens/skipped", "sampling/logprob_gap")
@@ -99,9 +99,9 @@ def read_minibatches(file: Path, step: int, count: int, prompts_per_step: int) -
     """What the learner was given at a step, dealt out as Trainer.minibatches does. ValueError without such records."""
     dealt: list[list[TrainSequence]] = [[] for _ in range(count)]
     found = False
-    for _, _, record in read_jsonl(file):
-        found |= record["step"] == step
-        if record["step"] == step and record["group"] % distributed.world_size() == distributed.rank():
+    for record in read_step(file, step):
+        found = True
+        if record["group"] % distributed.world_size() == distributed.rank():
             sequence = trained_sequence(record)
             dealt[minibatch_of(record["group"], prompts_per_step, count)] += [] if sequence is None else [sequence]
     if not found:
