@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from bench import peers
 from bench.harness import OURS, Formula, Spec, Variant
@@ -104,7 +105,7 @@ class Heads:
             compute_dtype=getattr(torch, spec.dtype), mesh=make_mesh(),
         )  # fmt: skip
         self.sequences, self.batch = make_sequences(spec), make_batch(spec).to(spec.device)
-        self.truth = self.exact_loss() if exact else None
+        self.truth = self.exact() if exact else None
 
     def use(self, stats: peers.Stats | None) -> None:
         """A peer's head from now on; None: ours."""
@@ -120,27 +121,29 @@ class Heads:
         backend = "reference" if logprob.dtype == torch.float64 else None
         return scope_loss(logprob, batch.streams, self.learner.options, backend=backend)
 
-    def exact_loss(self) -> tuple[float, float]:
-        """Of the model's own hidden states through a float64 head: the loss, and the sum of its rows' magnitudes."""
+    def exact(self) -> tuple[float, float, float]:
+        """Of the model's own hidden states through a float64 head: the loss, the sum of its rows' magnitudes, and the
+        gradient's norm."""
         found = []
 
-        def stats(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, None]:
-            wide = weight.double()
-            parts = zip(hidden.split(TRUTH_ROWS), target.split(TRUTH_ROWS), strict=True)
-            rows = [(h.double() @ wide.T).log_softmax(1).gather(1, t[:, None])[:, 0] for h, t in parts]
-            found.append(torch.cat(rows))
-            return found[0], None
+        def rows_of(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+            return (hidden.double() @ weight.double().T).log_softmax(1).gather(1, target[:, None])[:, 0]
 
-        self.use(stats)
-        with torch.no_grad():
-            loss, _ = self.learner.objective(self.batch)
+        def stats(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, None]:
+            parts = zip(hidden.split(TRUTH_ROWS), target.split(TRUTH_ROWS), strict=True)
+            # recomputed in the backward: float64 logits of all rows are 20 GB at T=16384
+            rows = torch.cat([checkpoint(rows_of, h, weight, t, use_reentrant=False) for h, t in parts])
+            found.append(rows.detach())
+            return rows, None
+
+        loss, norm = (value.item() for value in step(self, stats)())
         streams = self.batch.streams
         # on policy a policy row's loss is minus its advantage
-        rows = torch.where(streams.segment == Segment.NLL, found[0], streams.advantage)
-        return loss.item(), (streams.loss_weight * rows).abs().sum().item()
+        rows = torch.where(streams.segment == Segment.NLL, found[-1], streams.advantage)
+        return loss, (streams.loss_weight * rows).abs().sum().item(), norm
 
     def forget_truth(self) -> None:
-        """Two numbers stay."""
+        """Three numbers stay."""
 
 
 def make_problem(spec: Spec, exact: bool = True) -> Heads:
@@ -161,14 +164,14 @@ def step(problem: Heads, stats: peers.Stats | None):
         if done["learner/out_of_memory"]:  # in halves it would be another measurement, and so would all that follow
             problem.learner.halvings = 0
             raise torch.OutOfMemoryError("the update went on in halves")
-        return (torch.tensor(done["loss/total"]),)
+        return torch.tensor(done["loss/total"]), torch.tensor(done["grad/norm"])
 
     return run
 
 
 def errors(problem: Heads, output: tuple[Tensor, ...]) -> dict[str, float]:
-    true, scale = problem.truth
-    return {"loss": abs(output[0].item() - true) / scale}
+    loss, scale, norm = problem.truth
+    return {"loss": abs(output[0].item() - loss) / scale, "grad_norm": abs(output[1].item() - norm) / norm}
 
 
 def variants(spec: Spec) -> list[Variant]:

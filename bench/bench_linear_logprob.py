@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from bench import harness, peers
+from bench.bench_linear_scope_loss import flops, matmuls
 from bench.bench_linear_scope_loss import limits as three_matmul_limits
-from bench.bench_linear_scope_loss import matmuls
 from bench.harness import OURS, Formula, Spec, Variant
 from bench.problems import ERROR_LIMITS, HeadProblem
 from scope_fast import linear_logprob
@@ -46,11 +46,6 @@ def with_backward(spec: Spec) -> bool:
     return spec.case == "forward+backward"
 
 
-def flops(spec: Spec, multiple: int) -> Formula:
-    T, D, V = spec.shape
-    return Formula(multiple * T * V * D, "TFLOP/s", f"{multiple}*T*V*D")
-
-
 def formula(spec: Spec) -> Formula:
     return flops(spec, 8 if with_backward(spec) else 2)
 
@@ -73,7 +68,10 @@ def call(problem: HeadProblem, stats: peers.Stats):
 def errors(problem: HeadProblem, output) -> dict[str, float]:
     if with_backward(problem.spec):
         return problem.errors(output, "logprob")
-    return {"logprob": (output[0].double() - problem.logprob64).abs().max().item()}
+    found = {"logprob": (output[0].double() - problem.logprob64).abs().max().item()}
+    if output[1] is not None:
+        found["entropy"] = (output[1].double() - problem.entropy64).abs().max().item()
+    return found
 
 
 def our_stats(backend: str, logits_dtype: str, chunk_tokens: int | None) -> peers.Stats:

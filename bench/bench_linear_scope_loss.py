@@ -42,9 +42,13 @@ def make_problem(spec: Spec, exact: bool = True) -> HeadProblem:
     return HeadProblem(spec, exact)
 
 
-def formula(spec: Spec) -> Formula:
+def flops(spec: Spec, multiple: int) -> Formula:
     T, D, V = spec.shape
-    return Formula(6 * T * V * D, "TFLOP/s", "6*T*V*D")
+    return Formula(multiple * T * V * D, "TFLOP/s", f"{multiple}*T*V*D")
+
+
+def formula(spec: Spec) -> Formula:
+    return flops(spec, 6)
 
 
 def buffers(problem: HeadProblem) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -80,10 +84,8 @@ def three_matmuls(problem: HeadProblem):
 
 def single_matmuls(spec: Spec) -> list[Variant]:
     """Each of the three alone, for its own rate."""
-    T, D, V = spec.shape
-    formula = Formula(2 * T * V * D, "TFLOP/s", "2*T*V*D")
     return [
-        Variant(f"matmul {name}", "limit", lambda problem, i=i: matmuls(problem)[i], formula=formula)
+        Variant(f"matmul {name}", "limit", lambda problem, i=i: matmuls(problem)[i], formula=flops(spec, 2))
         for i, name in enumerate(("logits", "dX", "dW"))
     ]
 
@@ -99,12 +101,14 @@ def three_matmuls_allocating(problem: HeadProblem):
 
 
 def limits(spec: Spec) -> list[Variant]:
-    bare = Variant("three matmuls", "limit", three_matmuls, work="into existing buffers")
+    six = flops(spec, 6)
+    bare = Variant("three matmuls", "limit", three_matmuls, work="into existing buffers", formula=six)
     if spec.device == "cuda":
         moved = Formula(COPY_BYTES, "GB/s", f"{COPY_BYTES >> 30} GiB, half read, half written")
         copy = Variant("copy", "limit", lambda p: harness.copy_call(COPY_BYTES, "cuda"), formula=moved)
         return [bare, *single_matmuls(spec), copy]
-    return [bare, Variant("three matmuls, allocating", "limit", three_matmuls_allocating, work="x @ w.T and so on")]
+    fresh = Variant("three matmuls, allocating", "limit", three_matmuls_allocating, work="x @ w.T etc.", formula=six)
+    return [bare, fresh]
 
 
 def our_call(problem: HeadProblem, kind: str, backend: str, frozen: bool = False, **options):
@@ -128,7 +132,10 @@ def our_errors(problem: HeadProblem, output: Loss, kind: str, backend: str, **op
     return errors | {"logprob": metrics["sampling/gap_max"].item()}
 
 
-def our_variant(spec: Spec, backend: str, suffix: str, kind: str, work: str = "", frozen=False, **options) -> Variant:
+def our_variant(
+    spec: Spec, backend: str, suffix: str, kind: str, work: str = "", frozen=False, multiple: int = 6, **options
+) -> Variant:
+    """multiple: of T*V*D, the flops it does."""
     name = f"{OURS} {backend}{suffix}"
     if spec.dtype == "bfloat16":
         name += ", bf16 logits" if options["logits_dtype"] == "bfloat16" else ", fp32 logits"
@@ -136,7 +143,7 @@ def our_variant(spec: Spec, backend: str, suffix: str, kind: str, work: str = ""
         name, "ours",
         prepare=lambda problem: our_call(problem, kind, backend, frozen, **options),
         check=lambda problem, output: our_errors(problem, output, kind, backend, **options),
-        limits=ERROR_LIMITS[spec.dtype], work=work,
+        limits=ERROR_LIMITS[spec.dtype], work=work, formula=flops(spec, multiple),
     )  # fmt: skip
 
 
@@ -146,16 +153,22 @@ def our_variants(spec: Spec, backend: str) -> list[Variant]:
         return [our_variant(spec, backend, "", "scope", logits_dtype=dtype) for dtype in logits]
     T = spec.shape[0]
     streaming = {"chunk_tokens": 0, "logits_dtype": "float32"}
-    extra = [our_variant(spec, backend, ", streaming", "plain", "8*T*V*D, no logits", **streaming)]
+    extra = [our_variant(spec, backend, ", streaming", "plain", "no logits", multiple=8, **streaming)]
     return (extra if backend == "triton" else []) + [
         variant
         for dtype in logits
         for variant in (
             our_variant(spec, backend, "", "plain", "all rows", logits_dtype=dtype),
             our_variant(
-                spec, backend, ", half", "half", f"{T // 2} rows of advantage 0: no gradient", logits_dtype=dtype
+                spec,
+                backend,
+                ", half",
+                "half",
+                f"{T // 2} rows of advantage 0: no gradient",
+                multiple=3,
+                logits_dtype=dtype,
             ),
-            our_variant(spec, backend, ", frozen head", "plain", "no dW", frozen=True, logits_dtype=dtype),
+            our_variant(spec, backend, ", frozen head", "plain", "no dW", frozen=True, multiple=4, logits_dtype=dtype),
             *(
                 our_variant(spec, backend, f", chunk {rows}", "plain", work, chunk_tokens=rows, logits_dtype=dtype)
                 for rows, work in chunks(spec, dtype).items()

@@ -102,16 +102,22 @@ def full_lm_head(p: Tensors):
 
 
 def errors(p: Tensors, output) -> dict[str, float]:
-    """Largest error of a probability against float64."""
+    """Largest error of a probability against float64, and of what is made of the probabilities against them."""
     head = [None if w is None else w.double() for w in (p.head.weight, p.head.bias, p.head.hidden_weight)]
     x = p.hidden[p.step_end].double()
     x = x if head[2] is None else (x @ head[2].T).relu()
     true = F.linear(x, head[0], head[1]).softmax(-1)[:, 1]
-    return {"prob": (output[0].double() - true).abs().max().item()}
+    _, first_error, *pools = pooled(p, output[0].double())
+    return {
+        "prob": (output[0].double() - true).abs().max().item(),
+        "first_error": float((output[1] != first_error).sum()),
+        "pools": max((got.double() - pool).abs().max().item() for got, pool in zip(output[2:], pools, strict=True)),
+    }
 
 
 def variants(spec: Spec) -> list[Variant]:
-    checked = {"check": errors, "limits": {"prob": 1e-4 if spec.dtype == "float32" else 5e-2}}
+    limits = {"prob": 1e-4 if spec.dtype == "float32" else 5e-2, "first_error": 0.0, "pools": 1e-5}
+    checked = {"check": errors, "limits": limits}
 
     def ours(backend: str) -> list[Variant]:
         return [Variant(f"{OURS} {backend}", "ours", lambda problem: our_call(problem, backend), **checked)]

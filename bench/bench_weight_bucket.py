@@ -8,6 +8,8 @@ CPU fills 64 MiB in the wire dtype; on a GPU it is the parameter list of Qwen2.5
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from bench import harness
@@ -62,48 +64,66 @@ def formula(spec: Spec) -> Formula:
     return Formula(count * (read + written), "GB/s", f"{read} bytes read + {written} written per parameter")
 
 
-def our_call(p: Tensors, backend: str):
-    def run() -> None:
-        for bucket in p.buckets:
-            weight_bucket.pack(bucket, p.wire, p.out, backend=backend)
-
-    return run
+Pack = Callable[[list[torch.Tensor]], torch.Tensor | None]  # of one bucket, into `out` or into what it returns
 
 
-def tensor_by_tensor(p: Tensors):
+def packs(p: Tensors, backend: str) -> Pack:
+    def pack(bucket: list[torch.Tensor]) -> None:
+        weight_bucket.pack(bucket, p.wire, p.out, backend=backend)
+
+    return pack
+
+
+def copies(p: Tensors) -> Pack:
     """What a sync without buckets starts from: one copy_ per parameter."""
-
-    def run() -> None:
-        for bucket in p.buckets:
-            for view, tensor in zip(weight_bucket.unpack(p.out, tables[id(bucket)]), bucket, strict=True):
-                view.copy_(tensor)
-
     tables = {id(bucket): weight_bucket.layout(bucket, p.wire)[0] for bucket in p.buckets}
-    return run
+
+    def pack(bucket: list[torch.Tensor]) -> None:
+        for view, tensor in zip(weight_bucket.unpack(p.out, tables[id(bucket)]), bucket, strict=True):
+            view.copy_(tensor)
+
+    return pack
 
 
-def flat_cat(p: Tensors):
+def flat_cat(p: Tensors) -> Pack:
     """torch.cat of the flattened, cast tensors of each bucket."""
+    return lambda bucket: torch.cat([x.to(p.wire).view(-1) for x in bucket])
 
+
+def every_bucket(p: Tensors, pack: Pack) -> Callable[[], None]:
     def run() -> None:
         for bucket in p.buckets:
-            torch.cat([x.to(p.wire).view(-1) for x in bucket])
+            pack(bucket)
 
     return run
 
 
-def errors(p: Tensors, output) -> dict[str, float]:
-    """Parameters of the last bucket whose bytes are not the cast tensor's."""
-    table, _ = weight_bucket.layout(p.buckets[-1], p.wire)
-    views = weight_bucket.unpack(p.out, table)
-    return {"bytes": float(sum(not torch.equal(v, x.to(p.wire)) for v, x in zip(views, p.buckets[-1], strict=True)))}
+def errors(p: Tensors, pack: Pack) -> dict[str, float]:
+    """Parameters whose bytes are not the cast tensor's, each bucket packed over bytes that are nobody's."""
+    wrong = 0
+    for bucket in p.buckets:
+        p.out.fill_(255)
+        flat = pack(bucket)
+        if flat is None:
+            views = weight_bucket.unpack(p.out, weight_bucket.layout(bucket, p.wire)[0])
+        else:
+            views = flat.split([x.numel() for x in bucket])
+        wrong += sum(
+            not torch.equal(view.view(-1), x.to(p.wire).view(-1)) for view, x in zip(views, bucket, strict=True)
+        )
+    return {"bytes": float(wrong)}
+
+
+def variant(name: str, role: str, make: Callable[[Tensors], Pack], work: str = "") -> Variant:
+    return Variant(
+        name, role, lambda p: every_bucket(p, make(p)), lambda p, _: errors(p, make(p)), work=work,
+        limits={"bytes": 0.0},
+    )  # fmt: skip
 
 
 def variants(spec: Spec) -> list[Variant]:
-    checked = {"check": errors, "limits": {"bytes": 0.0}}
-
     def ours(backend: str) -> list[Variant]:
-        return [Variant(f"{OURS} {backend}", "ours", lambda problem: our_call(problem, backend), **checked)]
+        return [variant(f"{OURS} {backend}", "ours", lambda p: packs(p, backend))]
 
     found = [
         Variant(
@@ -111,8 +131,8 @@ def variants(spec: Spec) -> list[Variant]:
         )
     ]
     found += harness.ours(STEM, spec.device, ours)
-    found.append(Variant("copy_ per tensor", "peer", tensor_by_tensor, **checked))
-    return [*found, Variant("torch.cat", "peer", flat_cat, work="allocates the bucket")] if spec.peers else found
+    found.append(variant("copy_ per tensor", "peer", copies))
+    return [*found, variant("torch.cat", "peer", flat_cat, "allocates the bucket")] if spec.peers else found
 
 
 def test_weight_bucket(benchmark, prepared):

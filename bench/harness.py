@@ -1,15 +1,17 @@
 """What is measured, and how: every variant of a problem on the same tensors, interleaved, so that drift hits all alike.
 
-A round calls each variant once, A B C A B C ...; the figure is the median over rounds, and a ratio is one of two
-medians of the same rounds. CUDA: events around each call, the L2 cache overwritten before it. CPU: perf_counter, a
-short call repeated until a sample lasts MIN_SAMPLE_S. Before any timing each variant's result is compared with the
-float64 truth. A variant that cannot run says why in the record; nothing is left out in silence.
+A round calls each variant once, in an order drawn anew (ORDER_SEED): behind a call that left a GPU cool, matmuls are a
+tenth faster than behind one that heated it. The figure is the median over rounds, and a ratio is one of two medians of
+the same rounds. CUDA: events around each call, the L2 cache overwritten before it. CPU: perf_counter, a short call
+repeated until a sample lasts MIN_SAMPLE_S. Before any timing the result of each variant that has one is compared with
+the truth. A variant that cannot run says why in the record; nothing is left out in silence.
 """
 
 from __future__ import annotations
 
 import gc
 import importlib.util
+import random
 import statistics
 import subprocess
 import time
@@ -33,6 +35,7 @@ MIN_SAMPLE_S = 0.02  # perf_counter and the scheduler are good to some 10 us: 0.
 MAX_INNER = 200
 MAX_HEAD_START_S, CYCLES_PER_S = 0.02, 2e9
 MIN_ROUNDS = 3
+ORDER_SEED = 0
 PREPARE_SHARE = 0.7
 FLUSH_BYTES = 256 << 20  # five times an H100's L2
 PIECE_BYTES = 1 << 30
@@ -213,11 +216,11 @@ def interleaved(
     budget_s: float | None = None,
     failed: dict[str, str] | None = None,
 ) -> dict[str, list[float]]:
-    """Samples in seconds of each call, taken in turns; fewer rounds (MIN_ROUNDS at least) when budget_s runs out.
+    """Samples in seconds of each call, round by round; fewer rounds (MIN_ROUNDS at least) when budget_s runs out.
 
     A call that fails is left out, its reason in `failed`; where the device fails with it, what was sampled is all.
     """
-    clock, failed = Clock(device), {} if failed is None else failed
+    clock, failed, order = Clock(device), {} if failed is None else failed, random.Random(ORDER_SEED)
     samplers: dict[str, Callable[[], float]] = {}
     samples: dict[str, list[float]] = {name: [] for name in runs}
 
@@ -237,7 +240,7 @@ def interleaved(
         attempt(name, samplers[name])
     started = time.monotonic()
     for done in range(repeats):
-        for name in list(samplers):
+        for name in order.sample(list(samplers), len(samplers)):
             if (seconds := attempt(name, samplers[name])) is not None:
                 samples[name].append(seconds)
             elif not works(device):
@@ -317,7 +320,9 @@ def measure(
         time_rows(spec, stem_module.formula(spec), variants, rows, runs, repeats, left)
     if memory and "memory" in spec.measures:
         memory_rows(spec, variants, rows, runs)
-    return asdict(spec) | {"formula": asdict(stem_module.formula(spec)), "variants": list(rows.values())}
+    return asdict(spec) | {
+        "formula": asdict(stem_module.formula(spec)), "order_seed": ORDER_SEED, "variants": list(rows.values())
+    }  # fmt: skip
 
 
 def prepare_all(

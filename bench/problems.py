@@ -33,8 +33,8 @@ NLL_SHARE = 0.2
 # above these a variant computed something else, and is marked: a thousand roundings of float32; in bfloat16 one
 # rounding of a logit of 20 is 0.06, and a row that near a clip bound takes the other branch, gradient or none
 ERROR_LIMITS = {
-    "float32": {"loss": 1e-4, "dhidden": 1e-4, "dweight": 1e-4, "logprob": 1e-3},
-    "bfloat16": {"loss": 5e-2, "dhidden": 0.15, "dweight": 0.15, "logprob": 0.2},
+    "float32": {"loss": 1e-4, "dhidden": 1e-4, "dweight": 1e-4, "logprob": 1e-3, "entropy": 1e-3, "grad_norm": 1e-4},
+    "bfloat16": {"loss": 5e-2, "dhidden": 0.15, "dweight": 0.15, "logprob": 0.2, "entropy": 0.2, "grad_norm": 0.05},
 }
 TRUTH_ROWS = 512  # rows of float64 logits at a time: 0.6 GB at V=152064
 
@@ -97,7 +97,7 @@ class HeadProblem:
         self.hidden = hidden.to(dtype).requires_grad_()
         self.weight = weight.to(dtype).requires_grad_()
         self.truths: dict[str, Truth] = {}
-        self.logprob64: Tensor | None = self.forward64() if exact else None
+        self.logprob64, self.entropy64 = self.forward64() if exact else (None, None)
         near = torch.full((T,), -3.0, device=spec.device) if self.logprob64 is None else self.logprob64.float()
         self.kinds = self.make_kinds(near)
 
@@ -145,14 +145,14 @@ class HeadProblem:
         return Loss(loss.detach(), dhidden, dweight[0] if dweight else None)
 
     @torch.no_grad()
-    def forward64(self) -> Tensor:
-        """The true logprob (T,)."""
-        weight = self.weight.double()
-        parts = [
-            (x.double() @ weight.T).log_softmax(1).gather(1, t.unsqueeze(1)).squeeze(1)
-            for x, t in zip(self.hidden.split(TRUTH_ROWS), self.target.split(TRUTH_ROWS), strict=True)
-        ]
-        return torch.cat(parts)
+    def forward64(self) -> tuple[Tensor, Tensor]:
+        """The true logprob and entropy, (T,) each."""
+        weight, logprob, entropy = self.weight.double(), [], []
+        for x, t in zip(self.hidden.split(TRUTH_ROWS), self.target.split(TRUTH_ROWS), strict=True):
+            rows = (x.double() @ weight.T).log_softmax(1)
+            logprob.append(rows.gather(1, t.unsqueeze(1)).squeeze(1))
+            entropy.append(-(rows.exp() * rows).sum(1))
+        return torch.cat(logprob), torch.cat(entropy)
 
     def truth(self, kind: str) -> Truth:
         """Loss and gradients in float64: autograd down to the logprobs, then the softmax's own gradient."""

@@ -72,7 +72,8 @@ def test_a_learner_trains_the_same_with_every_head(tmp_path):
     assert {"scope_fast head", "eager torch", "liger scaled CE"} <= rows.keys()
     assert not [row["name"] for row in case["variants"] if "failed" in row]
     for row in rows.values():
-        assert row["errors"]["loss"] < 1e-6 and row["baseline"] == "scope_fast head"
+        assert row["errors"]["loss"] < 1e-6 and row["errors"]["grad_norm"] < 1e-5
+        assert row["baseline"] == "scope_fast head"
         # 2 blocks of 4 projections (64 x 64) and 3 matrices (64 x 256), 96 tokens; 72 rows of the head; one sequence
         flops = 6 * (96 * 2 * (4 * 64 * 64 + 3 * 64 * 256) + 72 * 64 * 300) + 12 * 64 * 2 * 96 * 97 // 2
         assert row["model_tflops"] == pytest.approx(flops / row["median_s"] / 1e12)
@@ -90,10 +91,21 @@ def test_ratios_and_rates_follow_from_the_samples(record):
             assert row["median_s"] == median > 0
             assert row["ratio"] == pytest.approx(median / statistics.median(baseline["samples_s"]))
             assert row["min_s"] == min(row["samples_s"]) and row["max_s"] == max(row["samples_s"])
-        ours = next(row for name, row in rows.items() if name.startswith("scope_fast"))
-        unit = {"TFLOP/s": 1e12, "GB/s": 1e9}[case["formula"]["unit"]]
-        if ours["rate_formula"] == case["formula"]["text"]:
-            assert ours["rate"] * unit * ours["median_s"] == pytest.approx(case["formula"]["amount"])
+        for name, row in rows.items():
+            amount = row["rate"] * {"TFLOP/s": 1e12, "GB/s": 1e9}[row["rate_unit"]] * row["median_s"]
+            if row["rate_unit"] == "TFLOP/s":
+                assert amount == pytest.approx(multiple_of(case, name) * math.prod(case["shape"])), (case["case"], name)
+            elif row["rate_formula"] == case["formula"]["text"]:
+                assert amount == pytest.approx(case["formula"]["amount"])
+
+
+def multiple_of(case: dict, name: str) -> int:
+    """Of T*V*D: two for each product that a variant of a head computes."""
+    if case["case"] in ("forward", "logprob error") or name == "one matmul":
+        return 2
+    if case["stem"] == "linear_logprob" and name.startswith("scope_fast"):
+        return 8  # logits computed again in the backward
+    return {"half": 3, "frozen head": 4}.get(name.split(", ")[1] if ", " in name else "", 6)
 
 
 def test_work_of_the_head_is_six_matmul_halves(record):
@@ -168,9 +180,12 @@ def test_summary_by_hand():
 def test_variants_take_turns(monkeypatch):
     calls = []
     monkeypatch.setattr(harness.Clock, "calls_per_sample", lambda self, run: 1)
-    samples = harness.interleaved({name: lambda name=name: calls.append(name) for name in "ABC"}, "cpu", 2)
-    assert calls == list("ABC" * 3)  # a round to warm up, two that count
-    assert [len(taken) for taken in samples.values()] == [2, 2, 2]
+    samples = harness.interleaved({name: lambda name=name: calls.append(name) for name in "ABC"}, "cpu", 40)
+    assert [len(taken) for taken in samples.values()] == [40, 40, 40]
+    rounds = ["".join(calls[i : i + 3]) for i in range(0, len(calls), 3)]
+    assert rounds[0] == "ABC" and len(rounds) == 41  # one to warm up
+    assert {"".join(sorted(each)) for each in rounds} == {"ABC"}
+    assert len(set(rounds)) == 6  # nobody has always the same one before it
 
 
 def test_a_spent_budget_keeps_three_rounds(monkeypatch):
@@ -340,7 +355,8 @@ def test_a_call_that_fails_in_the_rounds_costs_itself_alone(monkeypatch):
     monkeypatch.setattr(harness, "works", lambda device: False)  # as after an illegal access
     calls.clear()
     samples = harness.interleaved({"A": lambda: None, "B": fails, "C": lambda: None}, "cpu", 5)
-    assert samples.keys() == {"A", "C"} and (len(samples["A"]), len(samples["C"])) == (2, 1)
+    # B failed in its second round: whoever came before it there has two samples, and nobody has more
+    assert samples.keys() == {"A", "C"} and {len(taken) for taken in samples.values()} <= {1, 2}
 
 
 def test_memory_beyond_an_accumulator_that_is_there():
