@@ -226,14 +226,42 @@ def test_segments_that_do_not_fit_are_refused(segment, message):
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
     rows = [{"scope_segment": [1, 1, 2, 2]}, {} if segment is None else {"scope_segment": segment}]
     with pytest.raises(ValueError, match=message):
-        ours.segments(rows, mask)
+        ours.segments(rows, mask, mask)
+
+
+def test_segments_are_as_long_as_the_completion():
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    rows = [{"scope_segment": [1, 1, 2, 2]}, {"scope_segment": [1, 2, 2]}]
+    with pytest.raises(ValueError, match="scope_segment of completion 1: 3 values, expected one for each of its 2"):
+        ours.segments(rows, mask, mask)
+    truncated = torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0]])  # TRL masked it out, its length is not known any more
+    assert ours.segments(rows, truncated, truncated).tolist() == [[1, 1, 2, 2], [0, 0, 0, 0]]
 
 
 def test_segments_follow_the_mask():
-    mask = torch.tensor([[1, 0, 1], [1, 1, 0]])
-    assert ours.segments([{"prompt": "a"}, {}], mask).tolist() == [[1, 0, 1], [1, 1, 0]]
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    loss_mask = torch.tensor([[1, 0, 1], [1, 1, 0]])  # a tool's token in the first row
+    assert ours.segments([{"prompt": "a"}, {}], mask, loss_mask).tolist() == [[1, 0, 1], [1, 1, 0]]
     rows = [{"scope_segment": [1, 2, 2]}, {"scope_segment": [0, 2]}]
-    assert ours.segments(rows, mask).tolist() == [[1, 0, 2], [0, 2, 0]]
+    assert ours.segments(rows, mask, loss_mask).tolist() == [[1, 0, 2], [0, 2, 0]]
+
+
+def test_images_reach_the_model_in_our_loss_too(folder, tmp_path):
+    """What TRL hands to the model in its own losses: a vision model without its images has other log-probabilities."""
+    args = config(tmp_path, ours.ScopeGRPOConfig, max_steps=1)
+    images = {"pixel_values": torch.ones(2, 3), "token_type_ids": torch.zeros(2, 4)}
+    got = []
+
+    class Seen(ours.ScopeGRPOTrainer):
+        def _compute_loss(self, model, inputs):
+            def listening(**arguments):
+                got.append({name: arguments.pop(name, None) for name in images})
+                return model(**arguments)
+
+            return super()._compute_loss(listening, {**inputs, **images, "image_sizes": None})
+
+    train(Seen, folder, args, rollout_func=rollout)
+    assert got and all(seen[name] is value for seen in got for name, value in images.items())
 
 
 def test_streams_lie_where_a_token_is_predicted():

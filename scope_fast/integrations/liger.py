@@ -3,9 +3,10 @@
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss              # your line
     from scope_fast.integrations.liger import LigerFusedLinearGRPOLoss          # our line
 
-The same arguments, loss, gradients and metrics for the token-level losses grpo, bnpo, dr_grpo and dapo. Logits are
-computed once (6*T*V*D flops in place of 8), and rows that are masked or have no gradient never meet the head: with a
-KL penalty all unmasked rows do, and its metric costs one more forward of the head (8).
+The same arguments, loss, gradients and metrics for the token-level losses grpo, bnpo, dr_grpo and dapo (the clipped
+share counts rows bounded by `delta` too, which Liger's leaves out). Logits are computed once (6*T*V*D flops in place
+of 8), and rows that are masked or have no gradient never meet the head: with a KL penalty all unmasked rows do, and its
+metric costs one more forward of the head (8).
 """
 
 from __future__ import annotations

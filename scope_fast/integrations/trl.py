@@ -54,6 +54,9 @@ HOOKS = {
         "loss", "log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask", "aux_loss",
     ),
 }  # fmt: skip
+SCORING = HOOKS["GRPOTrainer._get_per_token_logps_and_entropies"]
+# the model's own inputs beside tokens and mask, as TRL's losses hand them on (two are for cutting batches only)
+MULTIMODAL = set(SCORING[SCORING.index("pixel_values") :]) - {"num_images", "num_tiles"}
 
 
 def check_hooks(version: str, found: Mapping[str, Callable]) -> None:
@@ -215,23 +218,25 @@ def _students(logprobs: list[Any], segment: list[int] | None) -> list[Any]:
     return [value if kind == Segment.RL else float("nan") for value, kind in zip(logprobs, segment, strict=True)]
 
 
-def segments(inputs: list[dict[str, Any]], completion_mask: Tensor) -> Tensor:
-    """(B, C) uint8 from the lists a rollout_func returned as "scope_segment"; masked tokens are ignored.
+def segments(inputs: list[dict[str, Any]], completion_mask: Tensor, loss_mask: Tensor) -> Tensor:
+    """(B, C) uint8 from the lists a rollout_func returned as "scope_segment"; zero where loss_mask is.
 
-    Raises ValueError naming the row whose list is missing, too short or too long, or holds anything but 0, 1 and 2.
+    completion_mask: (B, C), 1 for a completion's tokens; a row of zeros (mask_truncated_completions) says nothing of
+    its length. Raises ValueError naming the row whose list is missing, too short or too long, or holds anything but 0,
+    1 and 2.
     """
     if not any("scope_segment" in row for row in inputs):
-        return completion_mask.to(torch.uint8)  # Segment.RL is 1
+        return loss_mask.to(torch.uint8)  # Segment.RL is 1
     padded = torch.zeros(completion_mask.shape, dtype=torch.uint8)
     for i, row in enumerate(inputs):
         values, length = row.get("scope_segment"), int(completion_mask[i].sum())
-        if values is None or not length <= len(values) <= padded.shape[1]:
+        if values is None or len(values) > padded.shape[1] or (length and len(values) != length):
             found = "missing" if values is None else f"{len(values)} values"
             raise ValueError(f"scope_segment of completion {i}: {found}, expected one for each of its {length} tokens")
         if not set(map(int, values)) <= set(Segment):
             raise ValueError(f"scope_segment of completion {i} holds {sorted(set(values))}: expected 0, 1 and 2")
         padded[i, : len(values)] = torch.tensor([int(v) for v in values], dtype=torch.uint8)
-    return padded.to(completion_mask.device) * completion_mask.to(torch.uint8)
+    return padded.to(loss_mask.device) * loss_mask.to(torch.uint8)
 
 
 def scope_streams(inputs: Mapping[str, Tensor], rl_weight: Tensor, nll_weight: Tensor) -> TokenStreams:
@@ -286,8 +291,8 @@ class ScopeGRPOMixin:
         if self.loss_type != "scope":
             return output
         mask = output["completion_mask"]
-        mask = mask * output["tool_mask"] if "tool_mask" in output else mask
-        segment = output["scope_segment"] = segments(inputs, mask)
+        loss_mask = mask * output["tool_mask"] if "tool_mask" in output else mask
+        segment = output["scope_segment"] = segments(inputs, mask, loss_mask)
         counts = torch.stack([(segment == kind).sum() for kind in (Segment.RL, Segment.NLL)])
         output["scope_rl_count"], output["scope_nll_count"] = self.accelerator.reduce(counts, reduction="sum").unbind()
         return output
@@ -312,6 +317,7 @@ class ScopeGRPOMixin:
                 attention_mask=torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
                 fused_lm_head=True,
                 scope=(streams, self.scope_options),
+                **{name: inputs[name] for name in MULTIMODAL if inputs.get(name) is not None},
             )
         self._log_scope(mode, metrics)
         return loss
