@@ -99,6 +99,54 @@ def test_small_buckets():
     assert all(torch.equal(got, sent) for (_, got), (_, sent) in zip(client.received, source.named, strict=True))
 
 
+class OnGpu(torch.Tensor):
+    """A CPU tensor that says it lies on a GPU and can only be copied to the host, all a sync needs."""
+
+    @staticmethod
+    def __new__(cls, held):
+        kwargs = {"strides": held.stride(), "dtype": held.dtype, "device": "cuda:0"}
+        made = torch.Tensor._make_wrapper_subclass(cls, held.shape, **kwargs)
+        made.held = held
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, op, types, args, kwargs=None):
+        assert op is torch.ops.aten.copy_.default
+        assert type(args[0]) is torch.Tensor
+        return args[0].copy_(args[1].held)
+
+
+@pytest.mark.parametrize("bucket_bytes", [300, 64 << 20])
+def test_weights_on_a_gpu_into_the_file(bucket_bytes):
+    client, source = FakeClient(), mixed_source()
+    on_gpu = ListSource([(name, OnGpu(tensor)) for name, tensor in source.named])
+    assert on_gpu.named[0][1].device.type == "cuda"
+    ShmSender.trainer_init(ShmInit(bucket_bytes=bucket_bytes), client=client, source=on_gpu).send_weights()
+    assert [name for name, _ in client.received] == ["a", "b", "c", "d", "e"]
+    assert all(torch.equal(got, sent) for (_, got), (_, sent) in zip(client.received, source.named, strict=True))
+
+
+@pytest.mark.gpu
+def test_weights_really_on_a_gpu_into_the_file():
+    client, source = FakeClient(), mixed_source()
+    on_gpu = ListSource([(name, tensor.cuda()) for name, tensor in source.named])
+    ShmSender.trainer_init(ShmInit(bucket_bytes=300), client=client, source=on_gpu).send_weights()
+    assert all(torch.equal(got, sent) for (_, got), (_, sent) in zip(client.received, source.named, strict=True))
+
+
+def test_parameters_travel_in_the_engines_dtype():
+    """Cast before they are copied, integers as they are; what `metadata` says is what comes."""
+    module = torch.nn.Linear(3, 2)
+    module.steps = torch.nn.Parameter(torch.tensor([70_001]), requires_grad=False)
+    source = weight_sync.as_source(module, torch.bfloat16)
+    client = FakeClient()
+    ShmSender.trainer_init(ShmInit(), client=client, source=source).send_weights()
+    assert [(name, t.dtype, tuple(t.shape)) for name, t in client.received] == source.metadata()
+    got = dict(client.received)
+    assert torch.equal(got["weight"], module.weight.bfloat16())
+    assert torch.equal(got["steps"], module.steps)
+
+
 def test_the_bucket_fits_the_source():
     client = FakeClient()
     ShmSender.trainer_init(ShmInit(bucket_bytes=1), client=client, source=ListSource([("w", torch.zeros(100))]))

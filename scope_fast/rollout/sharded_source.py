@@ -49,7 +49,7 @@ class ShardedSource:
 
     def metadata(self) -> list[ParamMeta]:
         return [
-            ParamMeta(name, self._wire_dtype(parameter), tuple(parameter.shape))
+            ParamMeta(name, wire_dtype(parameter, self._dtype), tuple(parameter.shape))
             for parameter, names in self._names.items()
             for name in names
         ]
@@ -65,14 +65,11 @@ class ShardedSource:
                 for name in self._names[parameter]:
                     yield name, tensor
 
-    def _wire_dtype(self, parameter: torch.Tensor) -> torch.dtype:
-        return self._dtype if self._dtype is not None and parameter.is_floating_point() else parameter.dtype
-
     def _buckets(self) -> Iterator[list[torch.Tensor]]:
         """Parameters in order, cut where their full tensors would exceed bucket_bytes."""
         held, used = [], 0
         for parameter in self._names:
-            size = parameter.numel() * self._wire_dtype(parameter).itemsize
+            size = parameter.numel() * wire_dtype(parameter, self._dtype).itemsize
             if held and used + size > self._bucket_bytes:
                 yield held
                 held, used = [], 0
@@ -85,7 +82,7 @@ class ShardedSource:
         """Full tensors of DTensors that share a shard group, with one all-gather; plain tensors as they are, cast."""
         sharded = [p for p in parameters if isinstance(p, DTensor)]
         full = iter(self._gather(sharded) if sharded else ())
-        return [next(full) if isinstance(p, DTensor) else _cast(p, self._dtype) for p in parameters]
+        return [next(full) if isinstance(p, DTensor) else p.to(wire_dtype(p, self._dtype)) for p in parameters]
 
     def _gather(self, parameters: list[DTensor]) -> list[torch.Tensor]:
         mesh = parameters[0].device_mesh
@@ -141,8 +138,9 @@ def _parts(parameters: list[DTensor], ranks: int, rank: int) -> list[torch.Tenso
     return parts
 
 
-def _cast(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+def wire_dtype(parameter: torch.Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """What a parameter travels in where floating ones travel in `dtype`; None: each in its own."""
+    return dtype if dtype is not None and parameter.is_floating_point() else parameter.dtype
 
 
 def _check_placement(name: str, parameter: torch.Tensor) -> None:

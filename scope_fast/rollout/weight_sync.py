@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from scope_fast.ops import weight_bucket
 from scope_fast.rollout.base import ParamMeta, WeightSource
-from scope_fast.rollout.sharded_source import ShardedSource
+from scope_fast.rollout.sharded_source import ShardedSource, wire_dtype
 
 BACKEND = "shm"
 
@@ -30,17 +30,20 @@ class ModuleSource:
     """`WeightSource` over the parameters of an unsharded module, tied ones under each of their names.
 
     The names are those of `named_parameters`, which for the decoder models of transformers are the checkpoint's.
+    dtype: what floating parameters travel in, cast where they lie: of a bfloat16 engine's weights half the bytes leave
+        the GPU. None: their own.
     """
 
-    def __init__(self, module: torch.nn.Module) -> None:
-        self._module = module
+    def __init__(self, module: torch.nn.Module, dtype: torch.dtype | None = None) -> None:
+        self._module, self._dtype = module, dtype
 
     def metadata(self) -> list[ParamMeta]:
-        return [ParamMeta(name, p.dtype, tuple(p.shape)) for name, p in self]
+        named = self._module.named_parameters(remove_duplicate=False)
+        return [ParamMeta(name, wire_dtype(p, self._dtype), tuple(p.shape)) for name, p in named]
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in self._module.named_parameters(remove_duplicate=False):
-            yield name, parameter.detach()
+            yield name, parameter.detach().to(wire_dtype(parameter, self._dtype))
 
 
 def as_source(
@@ -49,12 +52,13 @@ def as_source(
     bucket_bytes: int = 64 << 20,
     reuse_memory: bool = False,
 ) -> WeightSource:
-    """A module becomes a source: `ShardedSource`, with these options, if it is sharded, else `ModuleSource`."""
+    """A module becomes a source, its floating parameters cast to `dtype`: `ShardedSource` if it is sharded, with these
+    options, else `ModuleSource`."""
     if not isinstance(weights, torch.nn.Module):
         return weights
     if any(isinstance(parameter, DTensor) for parameter in weights.parameters()):
         return ShardedSource(weights, dtype, bucket_bytes, reuse_memory)
-    return ModuleSource(weights)
+    return ModuleSource(weights, dtype)
 
 
 @dataclass
@@ -161,7 +165,7 @@ class ShmSender:
         held: list[tuple[str, weight_bucket.Entry]] = []
         used = 0
         for name, tensor in self.source:
-            size = bucket_bytes_of(tensor.dtype, tuple(tensor.shape))
+            (entry,), size = weight_bucket.layout([tensor])
             if size > self._bucket.numel():
                 raise ValueError(
                     f"weights: {name} takes {size} bytes, the bucket made for this source has {self._bucket.numel()}"
@@ -169,11 +173,20 @@ class ShmSender:
             if used + size > self._bucket.numel():
                 yield _update(held)
                 held, used = [], 0
-            _, (entry,) = weight_bucket.pack([tensor], out=self._bucket[used:])  # now: the source may reuse its memory
-            held.append((name, entry._replace(offset_bytes=used)))
+            entry = entry._replace(offset_bytes=used)
+            self._copy(tensor, entry)  # now: the source may reuse its memory
+            held.append((name, entry))
             used += size
         if held:
             yield _update(held)
+
+    def _copy(self, tensor: torch.Tensor, entry: weight_bucket.Entry) -> None:
+        """Into its place in the file, from wherever it lies; done when this returns."""
+        if tensor.device == self._bucket.device:
+            weight_bucket.pack([tensor], out=self._bucket[entry.offset_bytes :])
+            return
+        (place,) = weight_bucket.unpack(self._bucket, [entry])
+        place.copy_(tensor)  # straight from the GPU, without a copy in host memory on the way
 
 
 class ShmReceiver:
