@@ -15,7 +15,7 @@ import torch
 from fixtures.server_core import processes_of, slowed
 from tiny_models import make, perturb, response_logprobs
 
-from scope_fast.rollout import EngineOptions, Sampling, make_engine, vllm_engine
+from scope_fast.rollout import EngineOptions, Sampling, make_engine, transfer, vllm_engine
 from scope_fast.rollout.base import joined_spans
 from scope_fast.rollout.server_process import Http, ServerDiedError, ServerProcess
 from scope_fast.rollout.vllm_engine import VllmEngine
@@ -160,6 +160,27 @@ def test_ipc_handles_travel_as_vllm_takes_them(monkeypatch):
     sent = json.loads(json.dumps(json_safe(update | {"ipc_handles": {"GPU-1": (b"handle", 3)}})))
     assert IPCWeightTransferUpdateInfo(**sent).ipc_handles == {"GPU-1": (b"handle", 3)}
     assert json_safe(update) is update
+
+
+@needs_vllm
+@pytest.mark.parametrize(("bucket_bytes", "expected"), [(1 << 10, 300 * 128 * 4), (64 << 20, 64 << 20)])
+def test_ipcs_buffer_holds_the_largest_tensor(bucket_bytes, expected, http_server, tmp_path, monkeypatch):
+    """vLLM refuses a larger one; the embedding of a small model is 272 MB."""
+    from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
+
+    handed = []
+    monkeypatch.setattr(WeightTransferTrainerFactory, "trainer_init", lambda init, **_: handed.append(init))
+    model = make()
+    model.save_pretrained(tmp_path)
+    assert max(p.numel() for p in model.parameters()) == 300 * 128
+    init = transfer.trainer_init("ipc", 0, bucket_bytes)
+    engine = VllmServerEngine(str(tmp_path), EngineOptions(server_url=http_server.url), init)
+    engine._weights.fill(ModuleSource(model), 1)
+    engine._make_sender()
+    assert [(made.backend, made.packed, made.packed_buffer_size_bytes) for made in handed] == [("ipc", True, expected)]
+    nccl = transfer.trainer_init("nccl", 0, bucket_bytes, address="127.0.0.1", num_workers=1)
+    assert transfer.fitted(nccl, ModuleSource(model)) is nccl
+    engine.close()
 
 
 @needs_vllm

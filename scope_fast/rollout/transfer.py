@@ -10,10 +10,12 @@ installed vLLM by the tests; they were not run on a GPU.
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import socket
 from typing import Any
 
-from scope_fast.rollout.base import TRANSFERS, EngineOptions
+from scope_fast.rollout.base import TRANSFERS, EngineOptions, WeightSource
 from scope_fast.rollout.weight_sync import ShmInit
 
 
@@ -72,15 +74,28 @@ def trainer_init(
     return _nccl_init(rank, bucket_bytes, address, num_workers)
 
 
+def fitted(init: Any, source: WeightSource) -> Any:
+    """The init object with a buffer that holds the source's largest tensor, where the backend needs that.
+
+    ShmInit is grown by its sender, and vLLM's nccl sender warns of a larger tensor, but sends it.
+    """
+    if init.backend != "ipc":
+        return init
+    largest = max(math.prod(meta.shape) * meta.dtype.itemsize for meta in source.metadata())
+    return dataclasses.replace(init, packed_buffer_size_bytes=max(largest, init.packed_buffer_size_bytes))
+
+
 def _ipc_init(rank: int, bucket_bytes: int) -> Any:
-    """Not run on a GPU. Packed: a tensor larger than the buffer is an error of vLLM's, naming its size."""
+    """Not run on a GPU. Packed: vLLM refuses a tensor larger than the buffer, which `fitted` grows."""
     from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 
     return IPCTrainerInitInfo(rank=rank, packed=True, packed_buffer_size_bytes=bucket_bytes)
 
 
 def _nccl_init(rank: int, bucket_bytes: int, address: str, num_workers: int) -> Any:
-    """Not run on a GPU. vLLM's default of two buffers of 1 GiB would be taken from the KV cache and the learner."""
+    """Not run on a GPU. vLLM's default of two buffers of 1 GiB would be taken from the KV cache and the learner.
+
+    The size is where a buffer is cut, after the tensor that goes beyond it: no tensor is too large."""
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
     with socket.socket() as probe:  # the rendezvous is opened by rank 0, on this machine

@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from scope_fast.rollout import transfer as transfers
 from scope_fast.rollout import watch, weight_sync
 from scope_fast.rollout.base import (
     EngineOptions,
@@ -317,7 +318,8 @@ class VllmServerEngine:
             return weight_sync.ShmSender.trainer_init(self._transfer, client=self._client, source=self._weights)
         from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
 
-        return WeightTransferTrainerFactory.trainer_init(self._transfer, client=self._client, source=self._weights)
+        init = transfers.fitted(self._transfer, self._weights)
+        return WeightTransferTrainerFactory.trainer_init(init, client=self._client, source=self._weights)
 
     def _ask(self, bodies: list[dict[str, Any]]) -> list[Rollout]:
         """Twice as many in flight as the server decodes at once: it has the next at hand when one ends."""
