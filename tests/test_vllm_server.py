@@ -26,7 +26,7 @@ from scope_fast.rollout.vllm_server import (
     server_arguments,
     server_environment,
 )
-from scope_fast.rollout.weight_sync import ModuleSource
+from scope_fast.rollout.weight_sync import ModuleSource, ShmInit
 
 needs_vllm = pytest.mark.skipif(not vllm_engine.is_installed(), reason="vllm is not installed")
 GAP = 2e-5  # as in test_rollout.py
@@ -37,6 +37,9 @@ OPTIONS = EngineOptions(max_model_len=CONTEXT, max_num_seqs=16, num_threads=1)
 
 class Answers(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
+        if self.path == "/weight_info":
+            self.answer({"weight_version": self.server.version})
+            return
         if self.path == "/hang":
             self.server.released.wait(30)
             return
@@ -49,13 +52,25 @@ class Answers(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def do_POST(self):
-        """A server that hangs in one phase of a weight sync."""
-        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        """A server that takes a weight sync, or hangs in one phase of it, and samples one token from what it has."""
+        body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or "null")
         if self.server.hangs_at and self.path.startswith(self.server.hangs_at):
             self.server.released.wait(30)
             return
+        if self.path in ("/update_weight_version", "/finish_weight_update"):
+            self.server.version = body.get("new_version", body.get("weight_version"))
+        if self.path == "/inference/v1/generate":
+            spans = [{"version": self.server.version, "start": 0, "end": 1}]
+            logprobs = {"content": [{"token_id": 7, "logprob": -1.0}]}
+            choice = {"token_ids": [7], "logprobs": logprobs, "finish_reason": "stop", "weight_versions": spans}
+            self.answer({"choices": [choice]})
+        else:
+            self.answer({"success": True})
+
+    def answer(self, body):
         self.send_response(200)
         self.end_headers()
+        self.wfile.write(json.dumps(body).encode())
 
     def log_message(self, *arguments):
         pass
@@ -64,7 +79,7 @@ class Answers(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def http_server():
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers)
-    server.released, server.hangs_at = threading.Event(), None
+    server.released, server.hangs_at, server.version = threading.Event(), None, "default"
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     server.url = f"http://127.0.0.1:{server.server_port}"
@@ -109,6 +124,27 @@ def test_a_hanging_sync_names_rank_and_phase(hangs_at, phase, http_server, tmp_p
     with pytest.raises(RuntimeError, match="neither old nor new"):
         engine.generate([[5]], 1, Sampling())
     engine.close()
+
+
+def test_a_shared_servers_old_weights_are_no_version_of_this_run(http_server, tmp_path):
+    """An earlier run left its version 0 there: no rank may take it for this run's."""
+    model = make()
+    model.save_pretrained(tmp_path)
+    http_server.version = "0"
+    options = EngineOptions(sync_timeout_s=0.3, server_url=http_server.url)
+    sender = VllmServerEngine(str(tmp_path), options)
+    early, late = (VllmServerEngine(str(tmp_path), options, ShmInit(rank=1)) for _ in range(2))
+    with pytest.raises(RuntimeError, match="sent version 0, the engine reports 'from before the first sync'"):
+        early.update_weights(model, 0)
+    with pytest.raises(RuntimeError, match=r"reported weight versions .*'from before the first sync'"):
+        late.generate([[5]], 1, Sampling())
+    sender.update_weights(model, 0)
+    late.update_weights(model, 0)
+    for engine in (sender, late):
+        [[rollout]] = engine.generate([[5]], 1, Sampling())
+        assert (rollout.token_ids, rollout.weight_version) == ([7], 0)
+    for engine in (sender, early, late):
+        engine.close()
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9", "http://nowhere.invalid:8000"])

@@ -41,6 +41,7 @@ from scope_fast.rollout.base import (
 from scope_fast.rollout.server_process import Http, ServerDiedError, ServerProcess
 
 T = TypeVar("T")
+UNKNOWN = "from before the first sync"  # what a shared server's weights are called until this run sends some
 DEATH_S = 10.0  # a server whose engine died answers with an error first and ends within this time
 
 
@@ -117,8 +118,10 @@ class VllmServerEngine:
         with its seeds, so that the rollouts are an undisturbed run's (up to rounding: its batches may differ). Another
         death raises ServerDiedError.
     options.server_url: a server that runs already, from the same model folder, with `server_arguments` and the
-        environment of `server_process`; it is never restarted. A sync that fails leaves it paused: what its weights
-        are then, neither old nor new, should answer nobody; the next sync resumes it.
+        environment of `server_process`; it is never restarted. Whatever an earlier run left in it is no version of
+        this one: `generate` raises RuntimeError until the first `update_weights`, and every rank's first sync waits
+        for rank 0's. A sync that fails leaves it paused: what its weights are then, neither old nor new, should answer
+        nobody; the next sync resumes it.
     transfer: the trainer-side init object of a weight-transfer backend (transfer.py). Default: `ShmInit`.
 
     Weights may be switched IN FLIGHT: `update_weights` may be called from another thread while `generate` runs.
@@ -212,7 +215,10 @@ class VllmServerEngine:
             raise RuntimeError("the last weight sync failed half-way: the engine's weights are neither old nor new")
 
     def _connect(self) -> None:
-        """A server with the model folder's weights, called version 0."""
+        """A server of our own holds the model folder's weights, version 0; a shared one may hold anybody's.
+
+        A sharded learner's other ranks look at the version after a gather with rank 0, which has been here by then.
+        """
         options = self._options
         if options.server_url is None:
             arguments = server_arguments(self._model_dir, options, self._transfer.backend)
@@ -224,7 +230,8 @@ class VllmServerEngine:
         self._client = watch.PhasedClient(self._inner_client, self._rank)
         if self._transfer.is_sender:
             try:
-                self._http.post("update_weight_version", {"new_version": "0"}, options.sync_timeout_s)
+                held = "0" if options.server_url is None else UNKNOWN
+                self._http.post("update_weight_version", {"new_version": held}, options.sync_timeout_s)
             except (RuntimeError, TimeoutError) as error:
                 if options.server_url is None:
                     raise
