@@ -15,7 +15,7 @@ import torch
 from fixtures.server_core import processes_of, slowed
 from tiny_models import make, perturb, response_logprobs
 
-from scope_fast.rollout import EngineOptions, Sampling, make_engine, transfer, vllm_engine
+from scope_fast.rollout import EngineOptions, Sampling, make_engine, transfer, vllm_engine, vllm_server
 from scope_fast.rollout.base import joined_spans
 from scope_fast.rollout.server_process import Http, ServerDiedError, ServerProcess
 from scope_fast.rollout.vllm_engine import VllmEngine
@@ -145,6 +145,74 @@ def test_a_shared_servers_old_weights_are_no_version_of_this_run(http_server, tm
         assert (rollout.token_ids, rollout.weight_version) == ([7], 0)
     for engine in (sender, early, late):
         engine.close()
+
+
+class Process:
+    """A `ServerProcess` that has died whenever it is asked; `http_server` answers for it and for what follows it."""
+
+    url = pid = None
+
+    def __init__(self, arguments, environment, log, timeout_s):
+        pass
+
+    def has_died(self, within_s=0.0):
+        return True
+
+    def last_words(self, lines=30):
+        return "out of memory"
+
+    def stop(self):
+        pass
+
+
+def dying_once(engine, monkeypatch):
+    """The engine's next request fails as one to a dead server does."""
+    one, failures = engine._one, [ServerDiedError("refused")]
+    monkeypatch.setattr(engine, "_one", lambda body: one(body) if not failures else raised(failures.pop()))
+
+
+def raised(error):
+    raise error
+
+
+def test_a_restart_ends_the_old_sender(http_server, tmp_path, monkeypatch):
+    """It may hold a communicator with workers that are gone. The new one sends the last sync's weights."""
+    model = make()
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr(vllm_server, "ServerProcess", Process)
+    monkeypatch.setattr(Process, "url", http_server.url)
+    engine = VllmServerEngine(str(tmp_path), EngineOptions())
+    engine.update_weights(model, 3)
+    old, ended = engine._sender, []
+    monkeypatch.setattr(old, "shutdown", lambda: ended.append("shut down"))
+    dying_once(engine, monkeypatch)
+    [[rollout]] = engine.generate([[5]], 1, Sampling())
+    assert rollout.weight_version == 3
+    assert ended == ["shut down"]
+    assert engine._sender is not old
+    dying_once(engine, monkeypatch)
+    with pytest.raises(ServerDiedError, match="no restart is left"):
+        engine.generate([[5]], 1, Sampling())
+    engine.close()
+
+
+@needs_vllm
+def test_ipc_of_several_ranks_is_never_restarted(http_server, tmp_path, monkeypatch):
+    """vLLM's sender would wait in a collective for the ranks whose servers live."""
+    make().save_pretrained(tmp_path)
+    monkeypatch.setattr(vllm_server, "ServerProcess", Process)
+    monkeypatch.setattr(Process, "url", http_server.url)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    ipc = transfer.trainer_init("ipc", 0, 64 << 20)
+    engine = VllmServerEngine(str(tmp_path), EngineOptions(), ipc)
+    dying_once(engine, monkeypatch)
+    with pytest.raises(ServerDiedError, match=r"(?s)died in generate, no restart is left.*out of memory"):
+        engine.generate([[5]], 1, Sampling())
+    engine.close()
+    with pytest.raises(ValueError, match="transfer='ipc': several ranks cannot share the server at server_url"):
+        VllmServerEngine(str(tmp_path), EngineOptions(server_url=http_server.url), ipc)
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9", "http://nowhere.invalid:8000"])

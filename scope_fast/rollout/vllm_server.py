@@ -116,13 +116,15 @@ class VllmServerEngine:
     options.server_url None: a server is started from the model folder, on this machine, and ended by `close`. It is
         restarted ONCE when it dies: the weights of the last sync are sent again and the interrupted call is repeated
         with its seeds, so that the rollouts are an undisturbed run's (up to rounding: its batches may differ). Another
-        death raises ServerDiedError.
+        death raises ServerDiedError, and so does the first under transfer "ipc" where the learner has several ranks:
+        vLLM's sender does collectives over all of them, and the others know of no restart.
     options.server_url: a server that runs already, from the same model folder, with `server_arguments` and the
         environment of `server_process`; it is never restarted. Whatever an earlier run left in it is no version of
         this one: `generate` raises RuntimeError until the first `update_weights`, and every rank's first sync waits
         for rank 0's. A sync that fails leaves it paused: what its weights are then, neither old nor new, should answer
         nobody; the next sync resumes it.
-    transfer: the trainer-side init object of a weight-transfer backend (transfer.py). Default: `ShmInit`.
+    transfer: the trainer-side init object of a weight-transfer backend (transfer.py). Default: `ShmInit`. ValueError
+        for "ipc" where several ranks share the server: only rank 0 sends, in collectives that the others never join.
 
     Weights may be switched IN FLIGHT: `update_weights` may be called from another thread while `generate` runs.
 
@@ -150,7 +152,12 @@ class VllmServerEngine:
         self._weights = HostCopy("cpu" if self._transfer.backend == weight_sync.BACKEND else "cuda")
         self._sender: Any = None
         self._version: int | None = 0
-        self._restarts_left = 0 if self._options.server_url else 1
+        shared, collective = self._options.server_url is not None, self._sends_in_collectives()
+        if shared and collective:
+            raise ValueError(
+                "transfer='ipc': several ranks cannot share the server at server_url; expected shm or nccl"
+            )
+        self._restarts_left = 0 if shared or collective else 1
         self._process: ServerProcess | None = None
         self._closed = False
         # a restart and a sync exclude each other: both send what `_weights` holds, and a copy half filled is no weights
@@ -214,6 +221,12 @@ class VllmServerEngine:
         if self._version is None:
             raise RuntimeError("the last weight sync failed half-way: the engine's weights are neither old nor new")
 
+    def _sends_in_collectives(self) -> bool:
+        """vLLM's ipc sender gathers its handles over the default group, if that has more ranks than this."""
+        if self._transfer.backend != "ipc" or not torch.distributed.is_initialized():
+            return False
+        return torch.distributed.get_world_size() > 1
+
     def _connect(self) -> None:
         """A server of our own holds the model folder's weights, version 0; a shared one may hold anybody's.
 
@@ -270,7 +283,9 @@ class VllmServerEngine:
             flush=True,
         )
         self._process.stop()
-        self._sender = None
+        if self._sender is not None:
+            self._sender.shutdown()
+            self._sender = None
         self._connect()
         if self._weights.version is not None:
             self._send(self._weights.version)
