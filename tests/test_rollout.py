@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from tiny_models import EOS, VOCAB, make, perturb, response_logits, response_log
 from scope_fast import rollout as rollout_package
 from scope_fast.rollout import EngineOptions, Sampling, base, make_engine, vllm_engine
 from scope_fast.rollout.transformers_engine import TransformersEngine, sample
+from scope_fast.rollout.vllm_server import server_arguments
 
 CONTEXT = 64
 PROMPTS = [[5, 6, 7], [9], [20 + i for i in range(30)], [11, 12]]
@@ -154,6 +156,36 @@ def test_bad_requests(engine, prompts, n, seeds, message):
 
 def test_no_prompts_no_rollouts(engine):
     assert engine.generate([], 2, Sampling(max_tokens=4)) == []
+
+
+@pytest.fixture(scope="module")
+def long_dir(model_dir, tmp_path_factory):
+    """The same model, with a context beyond the 8192 tokens that one pass takes at least."""
+    folder = tmp_path_factory.mktemp("long") / "model"
+    shutil.copytree(model_dir, folder)
+    config = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": 9000}
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def test_one_pass_takes_the_longest_prompt(model_dir, long_dir, monkeypatch):
+    assert base.prefill_tokens_on_cpu(model_dir, EngineOptions()) == 8192
+    assert base.prefill_tokens_on_cpu(long_dir, EngineOptions()) == 9000
+    assert base.prefill_tokens_on_cpu(long_dir, EngineOptions(max_model_len=64)) == 8192
+    assert base.prefill_tokens_on_cpu(long_dir, EngineOptions(max_model_len=8500)) == 8500
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    arguments = server_arguments(long_dir, EngineOptions(), "shm")
+    assert arguments[arguments.index("--max-num-batched-tokens") + 1] == "9000"
+
+
+@needs_vllm
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU prompts may be split")
+def test_a_long_context_without_options(long_dir):
+    engine = make_engine("vllm", long_dir, EngineOptions(num_threads=1))
+    with pytest.raises(ValueError, match=r"prompts\[0\] has 9000 tokens"):
+        engine.generate([[5] * 9000], 1, Sampling(max_tokens=1))
+    assert len(engine.generate([[5] * 8500], 1, Sampling(max_tokens=1))[0][0].token_ids) == 1
+    engine.close()
 
 
 def test_update_weights(engine, model, model_dir):

@@ -255,7 +255,7 @@ def test_ipc_handles_travel_as_vllm_takes_them(monkeypatch):
     environment = server_environment(EngineOptions(num_threads=2), "ipc")
     assert environment == {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "OMP_NUM_THREADS": "2"}
     assert server_environment(EngineOptions(), "shm") == {}
-    two = EngineOptions(server_gpus=(4, 5))
+    two = EngineOptions(server_gpus=(4, 5), max_model_len=CONTEXT)
     assert server_environment(two, "nccl") == {"CUDA_VISIBLE_DEVICES": "4,5"}
     arguments = server_arguments("folder", two, "nccl")
     assert arguments[arguments.index("--tensor-parallel-size") + 1] == "2"

@@ -234,6 +234,17 @@ def check_version(version: int) -> None:
         raise ValueError(f"version={version}: expected an integer >= 0")
 
 
+def prefill_tokens_on_cpu(model_dir: str, options: EngineOptions) -> int:
+    """vLLM's `max_num_batched_tokens` on a CPU, where chunked prefill must be off: the longest prompt fits in one pass.
+
+    A prompt split over two makes vLLM rewind the request's generator, which CPU generators cannot do.
+    """
+    from transformers import AutoConfig
+
+    context = options.max_model_len or AutoConfig.from_pretrained(model_dir).max_position_embeddings
+    return max(context, 8192)
+
+
 def eos_token_ids(model_dir: str) -> tuple[int, ...]:
     """End-of-sequence ids of a Hugging Face folder: its generation configuration's, else its model configuration's."""
     from transformers import AutoConfig, GenerationConfig

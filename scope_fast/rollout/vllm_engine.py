@@ -36,6 +36,7 @@ from scope_fast.rollout.base import (
     check_version,
     draw_seeds,
     eos_token_ids,
+    prefill_tokens_on_cpu,
     torch_threads,
 )
 
@@ -239,9 +240,8 @@ def _llm_arguments(vllm: Any, model_dir: str, options: EngineOptions, backend: s
         arguments |= {
             "enforce_eager": True,
             "kv_cache_memory_bytes": options.kv_cache_bytes,
-            # a prompt split over two passes makes vLLM rewind the request's generator, which CPU generators cannot do
             "enable_chunked_prefill": False,
-            "max_num_batched_tokens": max(options.max_model_len or 0, 8192),
+            "max_num_batched_tokens": prefill_tokens_on_cpu(model_dir, options),
         }
     else:
         arguments |= {"gpu_memory_utilization": options.gpu_memory_utilization}

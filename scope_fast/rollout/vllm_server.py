@@ -37,6 +37,7 @@ from scope_fast.rollout.base import (
     draw_seeds,
     eos_token_ids,
     joined_spans,
+    prefill_tokens_on_cpu,
 )
 from scope_fast.rollout.server_process import Http, ServerDiedError, ServerProcess
 
@@ -386,8 +387,7 @@ def server_arguments(model_dir: str, options: EngineOptions, backend: str) -> li
         arguments += ["--tensor-parallel-size", str(len(options.server_gpus))]
     if torch.cuda.is_available():
         return [*arguments, "--gpu-memory-utilization", str(options.gpu_memory_utilization)]
-    # a prompt split over two passes makes vLLM rewind the request's generator, which CPU generators cannot do
-    tokens = max(options.max_model_len or 0, 8192)
+    tokens = prefill_tokens_on_cpu(model_dir, options)
     arguments += ["--enforce-eager", "--no-enable-chunked-prefill", "--max-num-batched-tokens", str(tokens)]
     return [*arguments, "--kv-cache-memory-bytes", str(options.kv_cache_bytes)]
 
