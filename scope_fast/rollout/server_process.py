@@ -17,9 +17,12 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
+
+from scope_fast.rollout.vllm_engine import IN_PROCESS
 
 PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {
@@ -81,7 +84,7 @@ class ServerProcess:
         with log.open("ab") as output:
             self._process = subprocess.Popen(
                 command,
-                env={**_without_torchrun(os.environ), **ENVIRONMENT, **environment, "PYTHONPATH": path},
+                env={**_inherited(os.environ), **ENVIRONMENT, **environment, "PYTHONPATH": path},
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -140,11 +143,19 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _without_torchrun(environment: os._Environ[str]) -> dict[str, str]:
-    """A server started by a rank is no rank: vLLM would take the launcher's rendezvous for its own."""
+def _inherited(environment: Mapping[str, str]) -> dict[str, str]:
+    """What a server takes over of this process's environment.
+
+    A server started by a rank is no rank: vLLM would take the launcher's rendezvous for its own. And what an engine or
+    a reward model in this process needs of vLLM is no server's: whether there was one, servers are set up alike.
+    """
     ranks = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR"}
     ranks |= {"MASTER_PORT", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "ROLE_NAME"}
-    return {k: v for k, v in environment.items() if k not in ranks and not k.startswith("TORCHELASTIC_")}
+    return {
+        name: value
+        for name, value in environment.items()
+        if name not in ranks and not name.startswith("TORCHELASTIC_") and IN_PROCESS.get(name) != value
+    }
 
 
 def _die_with_parent() -> NoReturn:

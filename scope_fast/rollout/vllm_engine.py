@@ -40,6 +40,8 @@ from scope_fast.rollout.base import (
     torch_threads,
 )
 
+IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}  # a server is not started with them
+
 
 def is_installed() -> bool:
     """Whether a package named vllm can be imported (a folder of that name on the path is not one)."""
@@ -49,8 +51,8 @@ def is_installed() -> bool:
 
 def import_vllm() -> Any:
     """vLLM, with the environment it needs. Whatever is wrong with an installed vLLM is raised, not hidden."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = IN_PROCESS["VLLM_ENABLE_V1_MULTIPROCESSING"]
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", IN_PROCESS["VLLM_LOGGING_LEVEL"])
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     # vLLM sets its level only after it has logged a warning or two.
     logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
