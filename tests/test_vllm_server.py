@@ -15,7 +15,15 @@ import torch
 from fixtures.server_core import processes_of, slowed
 from tiny_models import make, perturb, response_logprobs
 
-from scope_fast.rollout import EngineOptions, Sampling, make_engine, transfer, vllm_engine, vllm_server
+from scope_fast.rollout import (
+    EngineOptions,
+    Sampling,
+    make_engine,
+    server_process,
+    transfer,
+    vllm_engine,
+    vllm_server,
+)
 from scope_fast.rollout.base import joined_spans
 from scope_fast.rollout.server_process import Http, ServerDiedError, ServerProcess
 from scope_fast.rollout.vllm_engine import VllmEngine
@@ -256,7 +264,6 @@ def test_ipc_handles_travel_as_vllm_takes_them(monkeypatch):
     assert environment == {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "OMP_NUM_THREADS": "2"}
     assert server_environment(EngineOptions(), "shm") == {}
     two = EngineOptions(server_gpus=(4, 5), max_model_len=CONTEXT)
-    assert server_environment(two, "nccl") == {"CUDA_VISIBLE_DEVICES": "4,5"}
     arguments = server_arguments("folder", two, "nccl")
     assert arguments[arguments.index("--tensor-parallel-size") + 1] == "2"
     monkeypatch.setattr("vllm.envs.VLLM_ALLOW_INSECURE_SERIALIZATION", True, raising=False)  # read once a process
@@ -285,6 +292,51 @@ def test_ipcs_buffer_holds_the_largest_tensor(bucket_bytes, expected, http_serve
     nccl = transfer.trainer_init("nccl", 0, bucket_bytes, address="127.0.0.1", num_workers=1)
     assert transfer.fitted(nccl, ModuleSource(model)) is nccl
     engine.close()
+
+
+@pytest.mark.parametrize(
+    ("visible", "gpus", "names"),
+    [
+        (None, (1, 2), "1,2"), ("4,5", (1,), "5"), ("4, 5", (1, 0), "5,4"), ("GPU-a,GPU-b", (1,), "GPU-b"),
+        ("MIG-x", (0,), "MIG-x"),
+    ],
+)  # fmt: skip
+def test_a_servers_gpus_are_those_of_this_process(visible, gpus, names, monkeypatch):
+    show(visible, monkeypatch)
+    assert server_environment(EngineOptions(server_gpus=gpus), "nccl") == {"CUDA_VISIBLE_DEVICES": names}
+
+
+@pytest.mark.parametrize(
+    ("visible", "gpus", "seen"), [("4,5", (4, 5), 2), ("4,5", (-1,), 2), ("", (0,), 0), (None, (0, 3), 3)]
+)
+def test_a_gpu_that_this_process_does_not_see(visible, gpus, seen, monkeypatch):
+    show(visible, monkeypatch)
+    with pytest.raises(ValueError, match=rf"server_gpus=\[.*\]: expected devices below {seen}, with CUDA_VISIBLE"):
+        server_environment(EngineOptions(server_gpus=gpus), "nccl")
+
+
+def show(visible, monkeypatch):
+    """A machine of three GPUs, with that CUDA_VISIBLE_DEVICES."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+
+
+@needs_vllm
+def test_what_a_server_inherits(monkeypatch):
+    """The same, whether an engine was made in this process before or not."""
+    ours = {"RANK": "1", "TORCHELASTIC_RUN_ID": "x", "HF_HOME": "/hub"}
+    assert server_process._inherited(ours) == {"HF_HOME": "/hub"}
+    vllm_engine.import_vllm()  # vLLM sets some variables too, and will in the server
+    for name in vllm_engine.IN_PROCESS:
+        monkeypatch.delenv(name, raising=False)
+    before = server_process._inherited(os.environ)
+    vllm_engine.import_vllm()
+    assert os.environ["VLLM_LOGGING_LEVEL"] == "ERROR"
+    assert server_process._inherited(os.environ) == before
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "DEBUG")  # a person's own
+    assert server_process._inherited(os.environ) == before | {"VLLM_LOGGING_LEVEL": "DEBUG"}
 
 
 @needs_vllm

@@ -135,7 +135,8 @@ class EngineOptions:
     bucket_bytes: weight sync: most bytes in flight (grown to the largest tensor).
     sync_timeout_s: longest wait of a weight sync, after which it ends with an error naming rank and phase.
     server_url: kind "vllm_server": a server that runs already, as http://HOST:PORT; None starts one.
-    server_gpus: kind "vllm_server": CUDA devices of a server started here, a worker each; None: the learner's GPU.
+    server_gpus: kind "vllm_server": CUDA devices of a server started here, a worker each, as this process counts those
+        it sees (CUDA_VISIBLE_DEVICES=4,5: 1 is the machine's 5); None: the learner's GPU.
     server_workers: of the server at server_url, for transfer "nccl".
     transfer: kind "vllm_server", what carries the weights: "shm", "ipc", "nccl", or "auto" (transfer.choose).
     transfer_address: "nccl": of this machine as the server reaches it.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import pickle
 import random
 import sys
@@ -393,10 +394,25 @@ def server_arguments(model_dir: str, options: EngineOptions, backend: str) -> li
 
 
 def server_environment(options: EngineOptions, backend: str) -> dict[str, str]:
-    """What else a server for this engine needs to find in its environment."""
+    """What else a server for this engine needs to find in its environment. ValueError for `server_gpus` that this
+    process does not see."""
     threads = {} if options.num_threads is None else {"OMP_NUM_THREADS": str(options.num_threads)}
-    gpus = {} if options.server_gpus is None else {"CUDA_VISIBLE_DEVICES": ",".join(map(str, options.server_gpus))}
+    gpus = {} if options.server_gpus is None else {"CUDA_VISIBLE_DEVICES": ",".join(_gpu_names(options.server_gpus))}
     return threads | gpus | ({"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} if backend == "ipc" else {})
+
+
+def _gpu_names(gpus: tuple[int, ...]) -> list[str]:
+    """The devices of this process, as CUDA counts them, by the names they have outside it: numbers or UUIDs."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        names = [str(i) for i in range(torch.cuda.device_count())]
+    else:
+        names = [name.strip() for name in visible.split(",") if name.strip()]
+    if not all(0 <= gpu < len(names) for gpu in gpus):
+        raise ValueError(
+            f"server_gpus={list(gpus)}: expected devices below {len(names)}, with CUDA_VISIBLE_DEVICES={visible}"
+        )
+    return [names[gpu] for gpu in gpus]
 
 
 def _rollout(prompt: list[int], choice: dict[str, Any]) -> Rollout:
