@@ -8,6 +8,7 @@ import signal
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -153,6 +154,26 @@ def test_a_shared_servers_old_weights_are_no_version_of_this_run(http_server, tm
         assert (rollout.token_ids, rollout.weight_version) == ([7], 0)
     for engine in (sender, early, late):
         engine.close()
+
+
+def test_close_ends_the_requests_that_wait(http_server, tmp_path):
+    """A server that stays paused after a failed sync answers none; their threads would keep the interpreter."""
+    make().save_pretrained(tmp_path)
+    http_server.hangs_at = "/inference"
+    engine = VllmServerEngine(str(tmp_path), EngineOptions(server_url=http_server.url, max_num_seqs=2))
+    with ThreadPoolExecutor(1) as threads:
+        sampled = threads.submit(engine.generate, [[5]], 9, Sampling())  # four wait for an answer, five for a thread
+        deadline = time.monotonic() + 10.0
+        while len(engine._http._sockets) < 4 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        start = time.monotonic()
+        engine.close()
+        with pytest.raises(ServerDiedError, match="POST /inference/v1/generate: RemoteDisconnected"):
+            sampled.result(timeout=10.0)
+    assert time.monotonic() - start < 5.0  # with all threads joined, where the server would hang for 30
+    assert engine._http._sockets == set()
+    with pytest.raises(ServerDiedError, match="GET /fine: ConnectionAbortedError: closed on this side"):
+        engine._http.get("fine", 5.0)
 
 
 class Process:

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
@@ -36,7 +36,10 @@ class ServerDiedError(RuntimeError):
 
 
 class Http:
-    """JSON requests to one server. Each call opens its own connection, so that threads may share an object."""
+    """JSON requests to one server. Each call opens its own connection, so that threads may share an object.
+
+    `close` ends the calls of all of them.
+    """
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
@@ -44,6 +47,9 @@ class Http:
             raise ValueError(f"server_url={url!r}: expected http://HOST:PORT")
         self._connection = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         self._host, self._port, self._path = parts.hostname, parts.port, parts.path.rstrip("/")
+        self._lock = threading.Lock()  # of the two below
+        self._sockets: set[socket.socket] = set()
+        self._closed = False
 
     def get(self, path: str, timeout_s: float) -> Any:
         return self._call("GET", path, None, timeout_s)
@@ -51,16 +57,41 @@ class Http:
     def post(self, path: str, body: dict[str, Any] | None, timeout_s: float) -> Any:
         return self._call("POST", path, body, timeout_s)
 
+    def close(self) -> None:
+        """Ends every call that waits for its answer, with ServerDiedError in its thread, and every one that follows.
+
+        Else a thread would wait on for its timeout, and the interpreter's end for the thread.
+        """
+        with self._lock:
+            self._closed = True
+            for held in self._sockets:
+                with contextlib.suppress(OSError):  # the server has ended it before
+                    socket.socket.shutdown(held, socket.SHUT_RDWR)  # TLS or not: its reader sees the end
+
+    @contextlib.contextmanager
+    def _endable(self, held: socket.socket) -> Iterator[None]:
+        with self._lock:
+            if self._closed:
+                raise ConnectionAbortedError("closed on this side")
+            self._sockets.add(held)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._sockets.discard(held)
+
     def _call(self, method: str, path: str, body: dict[str, Any] | None, timeout_s: float) -> Any:
         """The answer's JSON, None for an empty one. TimeoutError, RuntimeError for an error status, or ServerDiedError
-        where the connection was refused or broke."""
+        where the connection was refused, broke, or was ended by `close`."""
         data = None if body is None else json.dumps(body).encode()
         connection = self._connection(self._host, self._port, timeout=timeout_s)
         try:
             with contextlib.closing(connection):
-                connection.request(method, f"{self._path}/{path}", data, {"Content-Type": "application/json"})
-                response = connection.getresponse()
-                answer = response.read()
+                connection.connect()
+                with self._endable(connection.sock):
+                    connection.request(method, f"{self._path}/{path}", data, {"Content-Type": "application/json"})
+                    response = connection.getresponse()
+                    answer = response.read()
         except TimeoutError as error:
             raise TimeoutError(f"{method} /{path}: the server gave no answer within {timeout_s:g} s") from error
         except (OSError, http.client.HTTPException) as error:  # refused, broken, or a host that has no address

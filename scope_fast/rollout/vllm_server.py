@@ -208,9 +208,11 @@ class VllmServerEngine:
         """Nothing: the server has GPUs of its own."""
 
     def close(self) -> None:
+        """A `generate` of another thread ends with ServerDiedError."""
         if self._closed:
             return
         self._closed = True
+        self._http.close()  # a server that a failed sync left paused answers no request
         if self._sender is not None:
             self._sender.shutdown()
         if self._process is not None:
