@@ -108,6 +108,8 @@ class Rollout(_Section):
         "none", description="one_step: the next step's rollouts run while this one is learned from (sampler.py)"
     )
     sync_timeout_s: float = Field(600.0, gt=0, description="longest wait of a weight sync")
+    start_timeout_s: float = Field(600.0, gt=0, description="engine vllm_server: longest wait for one to be up")
+    generate_timeout_s: float = Field(3600.0, gt=0, description="engine vllm_server: longest wait for a response")
     prompts_per_step: Positive = 16
     group_size: int = Field(8, ge=2, description="rollouts per prompt, G")
     temperature: float = Field(1.0, gt=0)

@@ -54,8 +54,9 @@ MAY_CHANGE = frozenset(  # between the parts of a resumed run: what places and p
     | {f"learner.{name}" for name in ("token_budget", "max_skipped_updates", "activation_checkpointing", "attention")}
     | {f"learner.{name}" for name in ("liger", "shard_size", "cpu_offload", "peak_tflops")}
     | {f"rollout.{name}" for name in ("engine", "server_url", "server_gpus", "server_workers", "transfer")}
-    | {f"rollout.{name}" for name in ("transfer_address", "sync_timeout_s", "max_num_seqs", "kv_cache_gib")}
-    | {f"rollout.{name}" for name in ("gpu_memory_utilization", "sleep_level", "num_threads")}
+    | {f"rollout.{name}" for name in ("transfer_address", "max_num_seqs", "kv_cache_gib", "sleep_level", "num_threads")}
+    | {f"rollout.{name}" for name in ("sync_timeout_s", "start_timeout_s", "generate_timeout_s")}
+    | {"rollout.gpu_memory_utilization"}
     | {"verifier.workers", "verifier.timeout_s", "prm.token_budget", "prm.gpu_memory_utilization"}
     | {f"teacher.{name}" for name in ("engine", "gpu_memory_utilization", "timeout_s")}
     | {f"teacher.endpoint.{name}" for name in ("url", "key_variable", "concurrency", "request_timeout_s", "retries")}
@@ -326,6 +327,8 @@ def engine_options(config: Config) -> EngineOptions:
         gpu_memory_utilization=rollout.gpu_memory_utilization,
         sleep_level=rollout.sleep_level,
         sync_timeout_s=rollout.sync_timeout_s,
+        start_timeout_s=rollout.start_timeout_s,
+        generate_timeout_s=rollout.generate_timeout_s,
         server_url=rollout.server_url,
         server_gpus=None if rollout.server_gpus is None else tuple(rollout.server_gpus),
         server_workers=rollout.server_workers,

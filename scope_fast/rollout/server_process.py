@@ -10,6 +10,7 @@ import contextlib
 import http.client
 import json
 import os
+import random
 import runpy
 import signal
 import socket
@@ -108,7 +109,7 @@ class ServerProcess:
     """
 
     def __init__(self, arguments: list[str], environment: dict[str, str], log: Path, timeout_s: float) -> None:
-        port = _free_port()
+        port = free_port()
         self.url, self._log = f"http://127.0.0.1:{port}", log
         path = os.pathsep.join(filter(None, (str(PACKAGE_PARENT), os.environ.get("PYTHONPATH"))))
         command = [sys.executable, "-m", __name__, "--host", "127.0.0.1", "--port", str(port), *arguments]
@@ -168,10 +169,14 @@ class ServerProcess:
         raise TimeoutError(f"vLLM server: not up within {timeout_s:g} s:\n{self.last_words()}")
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def free_port() -> int:
+    """One that nobody listens on, below those that systems give away on their own (from 32768 on Linux): a server binds
+    it only after its imports, and until then no other process's connection may be given it."""
+    for port in random.Random().sample(range(20000, 32768), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):  # taken: the next
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no free port between 20000 and 32768 on 127.0.0.1")
 
 
 def _inherited(environment: Mapping[str, str]) -> dict[str, str]:
