@@ -65,8 +65,8 @@ class GymTasks:
 class Table:
     """Rows of `data.path`, shuffled anew every epoch; the last `data.heldout` of them are set aside.
 
-    A row's task and "metadata" are passed on to the verifier and the teacher. Prints one line of counts. Raises
-    ValueError for too few rows, and what `sources.read_rows` raises.
+    A row's task and "metadata" are passed on to the verifier and the teacher. rows: all of them, in the file's order.
+    Prints one line of counts. Raises ValueError for too few rows, and what `sources.read_rows` raises.
     """
 
     def __init__(self, data: Data, seed: int) -> None:
@@ -82,31 +82,35 @@ class Table:
                 f"data: {data.path}: {kept} rows and {data.heldout} held out; {duplicates} duplicates {what}",
                 flush=True,
             )
-        self._rows, self._heldout, self._seed = rows[:kept], rows[kept:], seed
+        self.rows, self._kept, self._seed = rows, kept, seed
         self._epoch, self._order = -1, list[int]()
         self.tasks = sorted({row["task"] for row in rows})
 
-    def check_one_line(self) -> None:
-        """ValueError for an answer of several lines (GSM8K's is a whole solution), which no response's line equals."""
-        for row in (*self._rows, *self._heldout):
-            if row["task"] not in GENERATORS and "\n" in row["entry"]["answer"].strip():
-                raise ValueError(
-                    f"data.path: the answer of {row['id']} has several lines, and verifier.score compares with the "
-                    'one behind "Answer:", so no response could be right: leave the final answer alone in the '
-                    "column, name another (data.answer_column), or use a verifier.score that reads it"
-                )
-
     def row(self, i: int) -> dict[str, Any]:
         """Row i of the run, whatever was asked for before: i // rows is the epoch."""
-        epoch, index = divmod(i, len(self._rows))
+        epoch, index = divmod(i, self._kept)
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, list(range(len(self._rows)))
+            self._epoch, self._order = epoch, list(range(self._kept))
             Random(f"{self._seed}/{epoch}").shuffle(self._order)
-        return self._rows[self._order[index]]
+        return self.rows[self._order[index]]
 
     def heldout(self, count: int) -> list[dict[str, Any]]:
         """The last rows of the file, the same in every run."""
-        return self._heldout[:count]
+        return self.rows[self._kept :][:count]
+
+
+def check_answers(rows: list[dict[str, Any]], score: str) -> None:
+    """ValueError for an answer of several lines (GSM8K's is a whole solution), which no response's line equals, where
+    `score` is the default verifier's."""
+    if score != cfg.Verifier().score:
+        return
+    for row in rows:
+        if row["task"] not in GENERATORS and "\n" in row["entry"]["answer"].strip():
+            raise ValueError(
+                f"data.path: the answer of {row['id']} has several lines, and verifier.score compares with the one "
+                'behind "Answer:", so no response could be right: leave the final answer alone in the column, name '
+                "another (data.answer_column), or use a verifier.score that reads it"
+            )
 
 
 class Encoder:
@@ -160,9 +164,9 @@ class PromptSource:
 
     counts: what was passed over since `take_counts`: the Encoder's data/skipped_long and data/skipped_short, and
     data/skipped_heldout (the same text as a held-out prompt).
-    Raises ValueError if no held-out prompt can be used; if the teacher or the reward model of the configuration works
-    embedded tasks only and the rows are of others, or an answer is one that the default verifier can find in no
-    response (trains=False: neither is asked for, only held-out prompts are).
+    Raises ValueError if no held-out prompt can be used; if an answer is one that the default verifier can find in no
+    response; if the teacher or the reward model of the configuration works embedded tasks only and the rows are of
+    others (trains=False: neither is asked, nor are any but held-out prompts).
     """
 
     def __init__(self, config: Config, tokenizer, trains: bool = True) -> None:
@@ -172,8 +176,7 @@ class PromptSource:
         else:
             self._rows, where = Table(config.data, config.seed), "data.path"
             tasks = self._rows.tasks
-            if trains and config.verifier.score == cfg.Verifier().score:
-                self._rows.check_one_line()
+            check_answers(self._rows.rows, config.verifier.score)
         if trains:
             _check_workable(config, tasks, where)
         self._prompt = Encoder(config, tokenizer)

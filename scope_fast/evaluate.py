@@ -29,7 +29,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from scope_fast import checkpoint, diversity, warm_start
 from scope_fast.config import Config, load, overrides
-from scope_fast.data import Encoder, PromptSource
+from scope_fast.data import Encoder, PromptSource, check_answers
 from scope_fast.prm.load import make_scorer
 from scope_fast.prm.scorers import ExactScorer, StepScorer
 from scope_fast.progress import progress_bars
@@ -347,6 +347,7 @@ def dataset_job(request: Request, tokenizer, config: Config, name: str, score: s
     """Every row of `config.data.path`, up to --prompts."""
     encode = Encoder(config, tokenizer)
     rows, duplicates = read_rows(config.data)
+    check_answers(rows, score)
     prompts = [prompt for row in rows if (prompt := encode(row)) is not None][: request.prompts]
     if not prompts:
         raise ValueError(f"{name}: no usable prompt in {len(rows)} rows of {config.data.path} ({dict(encode.counts)})")

@@ -207,6 +207,25 @@ def test_every_row_of_a_data_set_named_on_the_command_line(model, scripted, tmp_
     assert counts["data/skipped_long"] == 1 and counts["data/duplicates"] == 1
 
 
+def test_an_answer_of_several_lines_suits_no_response(model, scripted, tmp_path, capsys):
+    """Under the default verifier it would be a zero for every response, wherever the rows come from."""
+    row = {"question": "1 + 1?", "answer": "1 + 1 = 2\n#### 2"}
+    data = jsonl(tmp_path / "gsm8k.jsonl", [row, row])
+    run_dir, suite = tmp_path / "run", tmp_path / "suite.yaml"
+    run_dir.mkdir()
+    config = load(None, [("method", "grpo"), ("data.path", str(data)), ("data.heldout", "1")])
+    (run_dir / "config.yaml").write_text(to_yaml(config))
+    (run_dir / "export").symlink_to(model)
+    suite.write_text(f"benchmarks: {{a: {{data: {{path: {data}}}, score: 'scope_fast.tasks:score'}}}}\n")
+    scripted(lambda prompt, sample: "Answer: 2")
+    for arguments in ([model, "--data.path", data], [run_dir], [model, "--suite", suite]):
+        assert run(*arguments, "--k", "1", tmp_path=tmp_path) == (2, None)
+        printed = " ".join(capsys.readouterr().out.split())
+        assert "error: data.path: the answer of gsm8k/1 has several lines, and verifier.score compares" in printed
+    judged = ["--verifier.score", "fixtures.judges:by_length"]
+    assert run(model, "--data.path", data, *judged, "--k", "1", tmp_path=tmp_path)[0] == 0
+
+
 def test_the_verifiers_faults_are_counted_apart(model, scripted, tmp_path):
     """A gold answer that cannot be crashes the scorer: one problem of two has no verdict at all."""
     data = jsonl(tmp_path / "a.jsonl", [{"prompt": "a", "answer": "####"}, {"prompt": "b", "answer": "B"}])
