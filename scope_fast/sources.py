@@ -38,7 +38,8 @@ def read_rows(data: Data) -> tuple[list[Row], int]:
 
     A row is {"id", "task", "prompt", "entry"}: entry holds all its columns, "answer" as text and "metadata" as a dict.
     Raises ValueError naming file and row (a line from 1 on, path:3, or an index from 0 on, path[2]) for one without a
-    prompt or an answer; ImportError where `datasets` is needed and missing; what `datasets` raises, as it is.
+    prompt, an answer or a named option; ImportError where `datasets` is needed and missing; what `datasets` raises, as
+    it is.
     """
     stem, task, raws = open_rows(data)
     columns: tuple[str, str] | None = None
@@ -170,23 +171,38 @@ def _multiple_choice(raw: Row, where: str, number: int, pair: tuple[Any, Any], d
     if not isinstance(question, str):
         raise ValueError(f"data.path: {where}: options can follow a text, not chat messages")
     if data.distractor_columns:
-        options = [str(answer), *(str(_get(raw, name)) for name in data.distractor_columns)]
+        options = [str(answer), *_distractors(raw, where, data)]
         order = list(range(len(options)))
         Random(number).shuffle(order)  # the right one must not always come first; the same order in every run
         options, right = [options[i] for i in order], order.index(0)
     else:
-        options, right = _choices(_get(raw, data.choices_column), answer)
+        options, right = _choices(raw, where, answer, data)
     if right is None or not 0 <= right < len(options) <= len(ascii_uppercase):
         raise ValueError(f"data.path: {where}: {answer!r} is none of the {len(options)} options")
     lines = [f"{letter}. {option}" for letter, option in zip(ascii_uppercase, options, strict=False)]
     return "\n".join([question, "", *lines]), ascii_uppercase[right]
 
 
-def _choices(choices: Any, answer: Any) -> tuple[list[str], int | None]:
+def _distractors(raw: Row, where: str, data: Data) -> list[str]:
+    for name in data.distractor_columns:
+        if _empty(_get(raw, name)):
+            raise ValueError(f"data.distractor_columns: {where} has no {name!r}")
+    return [str(_get(raw, name)) for name in data.distractor_columns]
+
+
+def _choices(raw: Row, where: str, answer: Any, data: Data) -> tuple[list[str], int | None]:
     """The options and the place of the answer: given by its label, its index (an int), its letter or its text."""
+    choices = _get(raw, data.choices_column)
+    if _empty(choices):
+        raise ValueError(f"data.choices_column: {where} has no {data.choices_column!r}")
     labels = choices.get("label") if isinstance(choices, dict) else None
-    options = [str(option) for option in (choices.get("text") if isinstance(choices, dict) else choices) or []]
-    text = str(answer)
+    options = choices.get("text") if isinstance(choices, dict) else choices
+    if not isinstance(options, list) or None in options:
+        raise ValueError(
+            f"data.choices_column: {where}: {data.choices_column!r} is {choices!r}, expected a list of options, or one "
+            'under "text"'
+        )
+    options, text = [str(option) for option in options], str(answer)
     if labels and text in labels:
         return options, labels.index(text)
     if isinstance(answer, int):
