@@ -6,8 +6,9 @@ is evaluated under its own config.yaml, or with --step one of its checkpoints. W
                         the rows it held out
     --data.path FILE    every row of a data set             --suite FILE    every row of a list of benchmarks
 Any configuration key may follow, as for `scope_fast.train`: --rollout.max_tokens 2048 --verifier.score my.module:score
-The result is a table, and a JSON file (RUN/evaluation.json or evaluation_step_N.json, or where
---json says). scorecard.py says what is measured.
+With --suite, data.* and verifier.score may not: the suite's file says them for every benchmark.
+The result is a table, and a JSON file (RUN/evaluation.json or evaluation_step_N.json, or where --json says).
+scorecard.py says what is measured.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from scope_fast.scope.steps import TokenBytes, split_steps
 from scope_fast.scope.trajectory import Prompt, Trajectory
 from scope_fast.scorecard import Result, average, score_benchmark, tables
 from scope_fast.sources import read_rows
-from scope_fast.suite import Suite, dotted, load_suite
+from scope_fast.suite import Suite, dotted, is_of_a_benchmark, load_suite
 from scope_fast.tasks import GENERATORS, TASKS
 from scope_fast.train import engine_options, load_student, role_folder
 from scope_fast.verifier import Verifier
@@ -137,7 +138,7 @@ def parse(arguments: list[str]) -> Request:
         help="folder or hub name of a process reward model for the near-miss share (default: embedded tasks' own "
         "checkers); --prm.kind says of which kind it is: with exact, and by default, a token classifier",
     )
-    add("--suite", help="a suite's YAML file or preset, say eval/paper")
+    add("--suite", help="a suite's YAML file or preset, say eval/paper; it says data.* and verifier.score itself")
     add("--data-dir", help="read the suite's benchmarks from files NAME.jsonl or NAME.parquet of this folder")
     add("--json", type=Path, help="where the results go (default: evaluation.json in the run directory)")
     if arguments and arguments[0] in ("-h", "--help"):
@@ -150,6 +151,9 @@ def parse(arguments: list[str]) -> Request:
         raise ValueError("--data-dir holds the files of a suite: name it with --suite")
     suite = load_suite(options.suite, options.data_dir) if options.suite else None
     pairs = overrides(rest)
+    for key, _ in pairs if suite else ():
+        if is_of_a_benchmark(key):
+            raise ValueError(f"--{key}: every benchmark of --suite {options.suite} has its own; change it in the file")
     named = {"rollout.engine": options.engine, "seed": options.seed, "evaluation.temperature": options.temperature}
     pairs += [(key, str(value)) for key, value in named.items() if value is not None]
     pairs += [("prm.path", json.dumps(options.prm))] if options.prm is not None else []

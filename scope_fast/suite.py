@@ -1,6 +1,7 @@
 """Benchmark suites: YAML files that say which data sets an evaluation reads, from where, and how answers are judged.
 
-    config:                        # optional: sections of a training configuration; the command line has the last word
+    config:                        # optional: sections of a training configuration, but for data and verifier.score,
+                                   # which every benchmark has for itself; the command line has the last word
       rollout: {max_tokens: 4096, context: 5120, top_p: 0.95}
     benchmarks:
       math500:
@@ -64,7 +65,15 @@ def load_suite(path: str, local: str | None = None) -> Suite:
     for name, benchmark in suite.benchmarks.items():
         if benchmark.data.path is None:
             raise ValueError(f"{file}: benchmarks.{name}.data.path is missing")
+    for key, _ in dotted(suite.config):
+        if is_of_a_benchmark(key):
+            raise ValueError(f"{file}: config.{key}: every benchmark has its own data and score; say it there")
     return suite if local is None else _from_folder(suite, Path(local))
+
+
+def is_of_a_benchmark(key: str) -> bool:
+    """Whether a configuration key says what a suite's benchmarks say themselves, so that it would change nothing."""
+    return key.partition(".")[0] == "data" or key == "verifier.score"
 
 
 def _from_folder(suite: Suite, folder: Path) -> Suite:

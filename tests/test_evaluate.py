@@ -412,6 +412,9 @@ def test_the_embedded_student_by_its_name(model, scripted, tmp_path, monkeypatch
         (["MODEL", "--suite", "eval/paper", "--task", "sums"], "--task sums: known here: aime24, aime25, amc"),
         (["MODEL", "--suite", "eval/nothing"], "no configuration file eval/nothing"),
         (["MODEL", "--suite", "eval/paper", "--data-dir", "/nowhere"], "/nowhere holds no aime24{.jsonl,.parquet"),
+        (["MODEL", "--suite", "eval/paper", "--data.path", "a.jsonl"], "--data.path: every benchmark of --suite"),
+        (["MODEL", "--suite", "eval/paper", "--data.dedup=true"], "--data.dedup: every benchmark of --suite"),
+        (["MODEL", "--suite", "eval/paper", "--verifier.score", "a:b"], "--verifier.score: every benchmark of --suite"),
         (["MODEL", "--data-dir", "/nowhere"], "--data-dir holds the files of a suite: name it with --suite"),
         (["MODEL", "--data.path", "x.jsonl", "--task", "chain_sum"], "data.path is neither"),
         (["MODEL", "--temperature", "0"], "temperature 0 draws the same response every time: add --k 1 --samples 1"),
@@ -447,6 +450,11 @@ def test_a_run_that_has_not_finished_says_so(tmp_path, capsys):
         ("benchmarks: {a: {score: 'm:f', data: {}}}", "benchmarks.a.data.path is missing"),
         ("benchmarks: {a: {score: 'm:f', data: {path: x, pth: y}}}", "benchmarks.a.data.pth: Extra inputs"),
         ("benchmarks: {a: {score: 'm:f', samples: 0, data: {path: x}}}", "benchmarks.a.samples: Input should be"),
+        (
+            "config: {data: {dedup: true}}\nbenchmarks: {a: {score: 'm:f', data: {path: x}}}",
+            "config.data.dedup: every benchmark has its own data and score; say it there",
+        ),
+        ("config: {verifier: {score: x}}\nbenchmarks: {a: {score: 'm:f', data: {path: x}}}", "config.verifier.score"),
         ("more: 1\nbenchmarks: {a: {score: 'm:f', data: {path: x}}}", "more: Extra inputs"),
     ],
 )
