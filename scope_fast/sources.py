@@ -131,7 +131,7 @@ def _row(raw: Any, where: str, number: int, columns: tuple[str, str], data: Data
         if _empty(_get(raw, column)):
             raise ValueError(f"data.path: {where} has no {column!r}{_hint(raw, column, columns)}")
     prompt, answer = (_get(raw, column) for column in columns)
-    if not _is_prompt(prompt):
+    if not is_prompt(prompt):
         raise ValueError(f"data.path: {where}: {columns[0]!r} is neither text nor a list of chat messages")
     if data.choices_column or data.distractor_columns:
         prompt, answer = _multiple_choice(raw, where, number, (prompt, answer), data)
@@ -150,7 +150,8 @@ def _hint(raw: Any, column: str, columns: tuple[str, str]) -> str:
     return f" (it has {', '.join(map(str, others))}; name the column by {option})" if others else ""
 
 
-def _is_prompt(prompt: object) -> bool:
+def is_prompt(prompt: object) -> bool:
+    """Text, or a list of chat messages."""
     if isinstance(prompt, list):
         return all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt)
     return isinstance(prompt, str)

@@ -40,8 +40,14 @@ def test_a_label_stands_where_the_scorer_reads(tmp_path):
     [
         ({"prompt": "a", "completions": ["b"]}, "a.jsonl:1 has no labels: expected prompt, completions and labels"),
         ({**ROW, "labels": [True]}, "a.jsonl:1: 1 labels for 2 completions"),
-        ({**ROW, "labels": [True, 2]}, "a.jsonl:1: expected completions that are text"),
-        ({**ROW, "completions": ["a", " "]}, "a.jsonl:1: expected completions that are text"),
+        ({**ROW, "labels": [True, 2]}, "a.jsonl:1: 'labels' is [True, 2], expected a list of true and false"),
+        ({**ROW, "labels": [True, [False]]}, "a.jsonl:1: 'labels' is [True, [False]], expected a list of"),
+        ({**ROW, "labels": 1}, "a.jsonl:1: 'labels' is 1, expected a list of true and false"),
+        ({**ROW, "completions": ["a", " "]}, "a.jsonl:1: 'completions' is ['a', ' '], expected a list of text"),
+        ({**ROW, "completions": ["a", 2]}, "a.jsonl:1: 'completions' is ['a', 2], expected a list of text"),
+        ({**ROW, "completions": "ab"}, "a.jsonl:1: 'completions' is 'ab', expected a list of text"),
+        ({**ROW, "prompt": 5}, "a.jsonl:1: 'prompt' is 5, expected text or a list of chat messages"),
+        ({**ROW, "prompt": ["5"]}, "a.jsonl:1: 'prompt' is ['5'], expected text or a list of chat messages"),
     ],
 )
 def test_rows_of_another_shape_are_refused_by_name(row, message, tmp_path):
@@ -97,6 +103,15 @@ def test_the_command_leaves_a_folder_that_tells_right_from_wrong(tmp_path):
     assert [p > 0.5 for p in probs] == [True, False, True]
 
 
+def test_a_special_token_that_a_step_spells_is_text(tmp_path):
+    tokenizer = byte_level()
+    row = {**ROW, "completions": [f"a {tokenizer.eos_token}", "b"]}
+    (example,), _ = prm_train.read_examples(write(tmp_path / "a.jsonl", [row]), tokenizer, 100)
+    assert tokenizer.eos_token_id not in example.encoded.ids
+    start = len(prm_train.encode_prompt(tokenizer, ROW["prompt"]))
+    assert tokenizer.decode(example.encoded.ids[start:]) == f"a {tokenizer.eos_token}\nb"
+
+
 def test_steps_are_set_apart_as_the_run_will_read_them(tmp_path):
     tokenizer = byte_level()
     data = write(tmp_path / "a.jsonl", [ROW])
@@ -130,3 +145,18 @@ def test_counts_below_one_are_refused_by_name(option, tmp_path, capsys):
     data = write(tmp_path / "a.jsonl", [ROW])
     assert prm_train.main([ASSETS, data, str(tmp_path / "out"), option, "0"]) == 2
     assert f"error: {option} 0: expected at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--lr", "0", "--lr 0.0: expected more than 0"),
+        ("--lr", "nan", "--lr nan: expected more than 0"),
+        ("--heldout", "1", "--heldout 1.0: expected a share, from 0 to less than 1"),
+        ("--heldout", "-0.1", "--heldout -0.1: expected a share"),
+    ],
+)
+def test_settings_out_of_range_are_refused_by_name(option, value, message, tmp_path, capsys):
+    data = write(tmp_path / "a.jsonl", [ROW])
+    assert prm_train.main([ASSETS, data, str(tmp_path / "out"), f"{option}={value}"]) == 2
+    assert f"error: {message}" in capsys.readouterr().err

@@ -27,7 +27,7 @@ from scope_fast.config import Data, unescaped
 from scope_fast.data import encode_prompt
 from scope_fast.loading import loading
 from scope_fast.prm.formats import Encoded
-from scope_fast.sources import open_rows
+from scope_fast.sources import is_prompt, open_rows
 
 
 class Example(NamedTuple):
@@ -39,7 +39,7 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class Settings:
-    """Of the training; the defaults are our choice. ValueError naming the option for a count below 1."""
+    """Of the training; the defaults are our choice. heldout: a share. ValueError naming an option out of its range."""
 
     epochs: int = 1
     lr: float = 1e-5
@@ -53,6 +53,10 @@ class Settings:
         for name in ("epochs", "batch_sequences", "token_budget"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least 1")
+        if not self.lr > 0.0:
+            raise ValueError(f"--lr {self.lr}: expected more than 0")
+        if not 0.0 <= self.heldout < 1.0:
+            raise ValueError(f"--heldout {self.heldout}: expected a share, from 0 to less than 1")
         if not self.step_separator:
             raise ValueError("--step-separator is empty: expected the text between two steps")
 
@@ -91,19 +95,24 @@ def read_examples(path: str, tokenizer, longest: int, separator: str = "\n") -> 
 
 
 def _example(row: Any, where: str, tokenizer, separator: str) -> Example:
+    """What looks like a special token in a step is text, as in what is scored."""
     missing = [name for name in ("prompt", "completions", "labels") if not isinstance(row, dict) or not row.get(name)]
     if missing:
         raise ValueError(f"{where} has no {', '.join(missing)}: expected prompt, completions and labels")
-    steps, labels = row["completions"], row["labels"]
+    prompt, steps, labels = row["prompt"], row["completions"], row["labels"]
+    if not is_prompt(prompt):
+        raise ValueError(f"{where}: 'prompt' is {prompt!r}, expected text or a list of chat messages")
+    if not isinstance(steps, list) or not all(isinstance(step, str) and step.strip() for step in steps):
+        raise ValueError(f"{where}: 'completions' is {steps!r}, expected a list of text")
+    if not isinstance(labels, list) or not all(isinstance(label, bool) for label in labels):
+        raise ValueError(f"{where}: 'labels' is {labels!r}, expected a list of true and false")
     if len(steps) != len(labels):
         raise ValueError(f"{where}: {len(labels)} labels for {len(steps)} completions")
-    if not all(isinstance(step, str) and step.strip() for step in steps) or not {*labels} <= {True, False}:
-        raise ValueError(f"{where}: expected completions that are text, and labels that are true or false")
-    ids = encode_prompt(tokenizer, row["prompt"])
+    ids = encode_prompt(tokenizer, prompt)
     rows = []
     for i, step in enumerate(steps):
         end = separator if i + 1 < len(steps) else ""
-        ids += tokenizer.encode(step.strip() + end, add_special_tokens=False)
+        ids += tokenizer.encode(step.strip() + end, add_special_tokens=False, split_special_tokens=True)
         rows.append(len(ids) - 1)
     return Example(Encoded(ids, rows), [int(label) for label in labels])
 
