@@ -315,17 +315,16 @@ def _damage(path: Path, deep: bool = True) -> str | None:
     if not (path / MANIFEST).exists():
         return f"no {MANIFEST}, so it was not written to its end"
     try:
-        files = json.loads((path / MANIFEST).read_text())["files"]
-    except (json.JSONDecodeError, KeyError) as error:
+        for name, expected in json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"].items():
+            file = path / name
+            if not file.exists():
+                return f"{name} is missing"
+            if file.stat().st_size != expected["bytes"]:
+                return f"{name} has {file.stat().st_size} bytes, expected {expected['bytes']}"
+            if deep and _fingerprint(file) != expected:
+                return f"{name} is not what was written (sha256 differs)"
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # not JSON, or JSON of another shape
         return f"{MANIFEST} is damaged ({type(error).__name__}: {error})"
-    for name, expected in files.items():
-        file = path / name
-        if not file.exists():
-            return f"{name} is missing"
-        if file.stat().st_size != expected["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes, expected {expected['bytes']}"
-        if deep and _fingerprint(file) != expected:
-            return f"{name} is not what was written (sha256 differs)"
     return None
 
 

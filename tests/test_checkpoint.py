@@ -178,7 +178,35 @@ def spoil_the_manifest(path):
     return "MANIFEST.json is damaged (JSONDecodeError: "
 
 
-@pytest.mark.parametrize("damage", [truncate, flip_a_bit, lose_a_file, lose_the_manifest, spoil_the_manifest])
+def put_a_byte_into_the_manifest(path):
+    data = (path / "MANIFEST.json").read_bytes()
+    (path / "MANIFEST.json").write_bytes(b"\xff" + data[1:])
+    return "MANIFEST.json is damaged (UnicodeDecodeError: "
+
+
+def lose_a_key_of_the_manifest(path):
+    text = (path / "MANIFEST.json").read_text()
+    (path / "MANIFEST.json").write_text(text.replace('"bytes"', '"byte"'))
+    return "MANIFEST.json is damaged (KeyError: 'bytes')"
+
+
+def empty_the_manifest(path):
+    (path / "MANIFEST.json").write_text("[]")
+    return "MANIFEST.json is damaged (TypeError: "
+
+
+def list_the_manifest_s_files(path):
+    (path / "MANIFEST.json").write_text('{"files": []}')
+    return "MANIFEST.json is damaged (AttributeError: "
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        truncate, flip_a_bit, lose_a_file, lose_the_manifest, spoil_the_manifest, put_a_byte_into_the_manifest,
+        lose_a_key_of_the_manifest, empty_the_manifest, list_the_manifest_s_files,
+    ],
+)  # fmt: skip
 def test_a_damaged_checkpoint_is_skipped_and_named(tmp_path, capsys, damage):
     old = checkpoint.save(tmp_path, 1, {"w": torch.ones(64)})
     new = checkpoint.save(tmp_path, 2, {"w": torch.zeros(64)})
