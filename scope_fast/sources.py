@@ -38,8 +38,8 @@ def read_rows(data: Data) -> tuple[list[Row], int]:
 
     A row is {"id", "task", "prompt", "entry"}: entry holds all its columns, "answer" as text and "metadata" as a dict.
     Raises ValueError naming file and row (a line from 1 on, path:3, or an index from 0 on, path[2]) for one without a
-    prompt, an answer or a named option; ImportError where `datasets` is needed and missing; what `datasets` raises, as
-    it is.
+    prompt, an answer or a named option; ValueError or FileNotFoundError naming a file that cannot be read; ImportError
+    where `datasets` is needed and missing; what `datasets` raises, as it is.
     """
     stem, task, raws = open_rows(data)
     columns: tuple[str, str] | None = None
@@ -58,16 +58,19 @@ def read_rows(data: Data) -> tuple[list[Row], int]:
 def open_rows(data: Data) -> tuple[str, str, Numbered]:
     """(the first half of the ids, the task of rows that name none, the raw rows)."""
     path = Path(data.path)
+    if path.suffix in (".jsonl", *BUILDERS) and not path.is_file():
+        raise FileNotFoundError(f"data.path: there is no file {path}")
     if path.suffix == ".jsonl":
         return path.stem, "jsonl", _json_lines(path)
-    if path.suffix in BUILDERS and not path.is_file():
-        raise FileNotFoundError(f"data.path: there is no file {path}")
     table, name = _load(data, path), path.stem if path.is_file() else path.name
     return name, name, ((i, f"{path}[{i}]", raw) for i, raw in enumerate(table))
 
 
 def _json_lines(path: Path) -> Numbered:
-    lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would cut at U+2028 inside a string
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would cut at U+2028 inside a string
+    except UnicodeDecodeError as error:
+        raise ValueError(f"data.path: {path} is not UTF-8: {error}") from None
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:

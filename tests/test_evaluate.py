@@ -421,7 +421,7 @@ def test_the_embedded_student_by_its_name(model, scripted, tmp_path, monkeypatch
         (["MODEL", "--verifier.score", "json:nothing"], "score='json:nothing': AttributeError"),
         (["MODEL", "--rollout.topp", "1"], "unknown key rollout.topp; did you mean rollout.top_p?"),
         (["MODEL", "--engine", "vlm"], "rollout.engine: "),
-        (["MODEL", "--data.path", "/nowhere/x.jsonl"], "No such file or directory: '/nowhere/x.jsonl'"),
+        (["MODEL", "--data.path", "/nowhere/x.jsonl"], "error: data.path: there is no file /nowhere/x.jsonl"),
         (["MODEL", "--step", "3"], "--step 3: "),
         (["/dev"], "/dev is neither a run directory (config.yaml) nor a Hugging Face folder (config.json)"),
         (["no/such-model-anywhere"], "no/such-model-anywhere"),

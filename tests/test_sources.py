@@ -204,8 +204,14 @@ def test_duplicates_are_counted_and_dropped_when_asked(tmp_path, capsys):
 
 def test_a_missing_file_is_not_looked_for_on_the_hub(tmp_path):
     for name in ("a.parquet", "a.jsonl"):
-        with pytest.raises(FileNotFoundError, match=f"{tmp_path}/{name}"):
+        with pytest.raises(FileNotFoundError, match=f"^data.path: there is no file {tmp_path}/{name}$"):
             read(tmp_path / name)
+
+
+def test_lines_that_are_no_utf_8_are_named_by_their_file(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes('{"prompt": "één", "answer": "1"}\n'.encode("latin-1"))
+    with pytest.raises(ValueError, match=rf"^data\.path: {tmp_path}/a\.jsonl is not UTF-8: .* position 12"):
+        read(tmp_path / "a.jsonl")
 
 
 def test_an_unknown_kind_of_file(tmp_path):
