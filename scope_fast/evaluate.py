@@ -261,9 +261,8 @@ class Evaluator:
         verdicts = self.verifiers[job.score].score([(t.text, t.prompt.entry) for t in members])
         for trajectory, verdict in zip(members, verdicts, strict=True):
             trajectory.reward, trajectory.verdict, trajectory.answer = verdict.reward, verdict.status, verdict.answer
-        invalid = self.localize([t for t in members if t.failed])
+        counts = {**job.counts, **self.localize([t for t in members if t.failed])}
         ks = [k for k in self.request.ks if k <= job.samples]
-        counts = {**job.counts, "prm/invalid": invalid}
         return score_benchmark(
             job.name, groups, ks, similarity=similarity(), counts=counts, group=job.group, seed=self.config.seed
         )
@@ -288,22 +287,23 @@ class Evaluator:
             rollout.weight_version, text=text,
         )  # fmt: skip
 
-    def localize(self, failed: list[Trajectory]) -> int:
-        """First errors, by the model of --prm, else by the checker of an embedded task; how many were unusable."""
+    def localize(self, failed: list[Trajectory]) -> dict[str, int]:
+        """First errors, by the model of --prm, else by the checker of an embedded task; how many have none, by why."""
         scorer = self.prm or ExactScorer(self.tokenizer)
-        members = [t for t in failed if self.prm is not None or t.prompt.task in TASKS]
-        token_bytes = TokenBytes(self.tokenizer) if members else None
-        for t in members:
+        checked = [t for t in failed if self.prm is not None or t.prompt.task in TASKS]
+        token_bytes = TokenBytes(self.tokenizer) if checked else None
+        for t in checked:
             separator = self.config.scope.step_separator.encode()
             t.steps = split_steps(token_bytes(t.token_ids), separator, t.finish_reason == "stop")
-        members = [t for t in members if t.steps]
+        members = [t for t in checked if t.steps]
         invalid = 0
         for trajectory, probs in zip(members, scorer(members), strict=True):
             if len(probs) == len(trajectory.steps) and valid_probs(probs):
                 trajectory.first_error = first_error(probs, self.config.prm.tau)
             else:
                 invalid += 1
-        return invalid
+        unchecked, empty = len(failed) - len(checked), len(checked) - len(members)
+        return {"scope/unchecked": unchecked, "scope/empty": empty, "prm/invalid": invalid}
 
 
 def load_tokenizer(folder: str):

@@ -8,6 +8,9 @@
                  self_bleu and self_rouge of a problem's first samples (SIMILAR_SAMPLES at most)
 A sample whose verification failed (time-out or crash) has no reward: it is left out of the first three and counted, and
 a problem with fewer than k verified samples is left out at k. Each estimate carries how many problems it rests on.
+A failed sample without a first error is left out of the near-miss share, and counted by why there is none:
+    scope/unchecked   its task has no checker, and no model is there for it (--prm)
+    scope/empty       it has no step                prm/invalid       a step probability that is no probability
 """
 
 from __future__ import annotations

@@ -118,12 +118,22 @@ def test_embedded_tasks_through_the_whole_command(model, scripted, tmp_path, cap
     assert found["diversity/unique_answers"] == 3.0
     assert found["response/truncated"] == 0.0
     counts = result["benchmarks"]["chain_sum"]["counts"]
-    assert counts == {"prm/invalid": 0, "verifier/timeouts": 0, "verifier/crashes": 0}
+    none = ("scope/unchecked", "scope/empty", "prm/invalid", "verifier/timeouts", "verifier/crashes")
+    assert counts == dict.fromkeys(none, 0)
     prompts, samples, sampling, seeds = engine.calls[0]
     assert (prompts, samples, sampling.temperature, sampling.top_p) == (6, 4, 0.7, 0.9)
     assert len({seed for row in seeds for seed in row}) == 24
     printed = capsys.readouterr().out
     assert "chain_sum: 6 problems x 4 samples" in printed and "25.0 % [25.0, 25.0]" in printed
+
+
+def test_a_failure_that_is_not_localised_is_counted(model, scripted, tmp_path):
+    """Of three samples one is right and one has nothing to localise an error in."""
+    scripted(lambda prompt, sample: ["", "no idea", worked(prompt)][sample])
+    arguments = [model, "--task", "chain_sum", "--k", "1", "--samples", "3", "--prompts", "4"]
+    made = run(*arguments, tmp_path=tmp_path)[1]["benchmarks"]["chain_sum"]
+    assert made["counts"]["scope/empty"] == 4 and made["counts"]["scope/unchecked"] == 0
+    assert made["metrics"]["scope/near_miss_rate"]["problems"] == 4
 
 
 def test_self_similarity_is_there_where_its_packages_are(model, scripted, tmp_path, monkeypatch, capsys):
@@ -166,6 +176,7 @@ def test_a_run_is_evaluated_on_the_rows_it_held_out(model, scripted, tmp_path):
     assert found["avg@n"] == (4 + 1) / 8 and found["pass@2"] == 1.0
     assert found["maj@2"] == pytest.approx((3 * 0.5 + 1) / 4)  # ties, but where 7 is right
     assert "scope/near_miss_rate" not in found  # no checker knows these rows
+    assert result["benchmarks"]["jsonl"]["counts"]["scope/unchecked"] == 3
 
 
 def test_the_checkpoint_of_a_step(model, scripted, tmp_path, monkeypatch):
