@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import islice
 from random import Random
 from typing import Any
 
@@ -143,6 +144,12 @@ class Encoder:
         return Prompt(row["id"], row["task"], text, tuple(ids), row["entry"], messages)
 
 
+def usable(encode: Encoder, rows: list[dict[str, Any]], most: int | None = None) -> list[Prompt]:
+    """The prompts of the rows that are not passed over, up to `most`; a row behind the last of them is not encoded, so
+    that `encode` does not count it."""
+    return list(islice((prompt for row in rows if (prompt := encode(row)) is not None), most))
+
+
 def instructed(prompt: str | list[dict[str, str]], instruction: str) -> str | list[dict[str, str]]:
     """The prompt with a line added at its end; of chat messages, at the end of the last one."""
     if isinstance(prompt, str):
@@ -166,10 +173,10 @@ class PromptSource:
     data/skipped_heldout (the same text as a held-out prompt).
     Raises ValueError if no held-out prompt can be used; if an answer is one that the default verifier can find in no
     response; if the teacher or the reward model of the configuration works embedded tasks only and the rows are of
-    others (trains=False: neither is asked, nor are any but held-out prompts).
+    others.
     """
 
-    def __init__(self, config: Config, tokenizer, trains: bool = True) -> None:
+    def __init__(self, config: Config, tokenizer) -> None:
         self._context = config.rollout.context
         if config.data.path is None:
             self._rows, tasks, where = GymTasks(config.data.tasks, config.seed), config.data.tasks, "data.tasks"
@@ -177,12 +184,11 @@ class PromptSource:
             self._rows, where = Table(config.data, config.seed), "data.path"
             tasks = self._rows.tasks
             check_answers(self._rows.rows, config.verifier.score)
-        if trains:
-            _check_workable(config, tasks, where)
+        _check_workable(config, tasks, where)
         self._prompt = Encoder(config, tokenizer)
         self._counts = self._prompt.counts
         rows = self._rows.heldout(config.data.heldout)
-        self.heldout = [prompt for row in rows if (prompt := self._prompt(row)) is not None]
+        self.heldout = usable(self._prompt, rows)
         if not self.heldout:
             raise ValueError(f"data: none of {len(rows)} held-out prompts is usable ({self._reasons()})")
         self._heldout_texts = {prompt.text for prompt in self.heldout}

@@ -17,6 +17,7 @@ import argparse
 import hashlib
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
@@ -30,7 +31,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from scope_fast import checkpoint, diversity, warm_start
 from scope_fast.config import Config, load, overrides
-from scope_fast.data import Encoder, PromptSource, check_answers
+from scope_fast.data import Encoder, GymTasks, Table, check_answers, usable
 from scope_fast.prm.load import make_scorer
 from scope_fast.prm.scorers import ExactScorer, StepScorer
 from scope_fast.progress import progress_bars
@@ -58,7 +59,8 @@ console = Console(highlight=False)
 
 @dataclass(frozen=True)
 class Job:
-    """One benchmark, ready to be asked. counts: rows that were passed over."""
+    """One benchmark, ready to be asked. counts: rows passed over on the way to its prompts (data/skipped_*), and
+    data/duplicates of the whole data set, which are dropped only where data.dedup says so."""
 
     name: str
     prompts: list[Prompt]
@@ -130,7 +132,12 @@ def parse(arguments: list[str]) -> Request:
     add("--step", type=int, help="of a run directory: the checkpoint of that step, in the place of its export")
     add("--samples", type=int, help="responses to a problem (default: the suite's, or the largest k)")
     add("--temperature", type=float, help="(default: evaluation.temperature)")
-    add("--prompts", type=int, help="most problems of a benchmark (default: evaluation.prompts, or all rows)")
+    add(
+        "--prompts",
+        type=int,
+        help="most problems: of each benchmark of --suite and of --data.path (default: all rows), without those of all "
+        "tasks together (default: evaluation.prompts)",
+    )
     add("--engine", help="auto, vllm or transformers (default: rollout.engine)")
     add("--seed", type=int, help="of the samples and of the bootstrap")
     add(
@@ -323,15 +330,18 @@ def plain_jobs(request: Request, tokenizer) -> list[Job]:
         return [dataset_job(request, tokenizer, config, Path(config.data.path).stem, config.verifier.score, samples)]
     count = request.prompts or config.evaluation.prompts
     if config.data.path is None:  # generators: as many as asked for
-        data = config.data.model_copy(update={"heldout": count, "tasks": list(request.tasks) or config.data.tasks})
-        config = config.model_copy(update={"data": data})
-    source = PromptSource(config, tokenizer, trains=False)
+        rows, where = GymTasks(list(request.tasks) or config.data.tasks, config.seed).heldout(count), "data.tasks"
+    else:
+        table, where = Table(config.data, config.seed), config.data.path
+        check_answers(table.rows, config.verifier.score)
+        rows = table.heldout(config.data.heldout)
+    prompts, counts = encoded(where, rows, config, tokenizer, count)
     by_task: dict[str, list[Prompt]] = {}
-    for prompt in source.heldout[:count]:
+    for prompt in prompts:
         by_task.setdefault(prompt.task, []).append(prompt)
     group = "all" if len(by_task) > 1 else None
     jobs = [Job(name, found, samples, config.verifier.score, {}, group) for name, found in by_task.items()]
-    jobs[0].counts.update(source.heldout_counts)  # of all tasks together
+    jobs[0].counts.update(counts)  # of all tasks together
     return jobs
 
 
@@ -349,13 +359,20 @@ def suite_jobs(request: Request, tokenizer) -> list[Job]:
 
 def dataset_job(request: Request, tokenizer, config: Config, name: str, score: str, samples: int) -> Job:
     """Every row of `config.data.path`, up to --prompts."""
-    encode = Encoder(config, tokenizer)
     rows, duplicates = read_rows(config.data)
     check_answers(rows, score)
-    prompts = [prompt for row in rows if (prompt := encode(row)) is not None][: request.prompts]
+    prompts, counts = encoded(f"{name}: {config.data.path}", rows, config, tokenizer, request.prompts)
+    return Job(name, prompts, samples, score, {"data/duplicates": duplicates, **counts})
+
+
+def encoded(where: str, rows: list[dict], config: Config, tokenizer, most: int | None) -> tuple[list[Prompt], Counter]:
+    """Up to `most` prompts of the rows, and how many rows were passed over for them. ValueError if there is none."""
+    encode = Encoder(config, tokenizer)
+    prompts = usable(encode, rows, most)
     if not prompts:
-        raise ValueError(f"{name}: no usable prompt in {len(rows)} rows of {config.data.path} ({dict(encode.counts)})")
-    return Job(name, prompts, samples, score, {"data/duplicates": duplicates, **encode.counts})
+        reasons = ", ".join(f"{name} {count}" for name, count in encode.counts.items())
+        raise ValueError(f"{where}: no usable prompt in {len(rows)} rows ({reasons})")
+    return prompts, encode.counts
 
 
 def similarity() -> dict[str, Callable[[list[str]], float | None]]:

@@ -277,8 +277,6 @@ def test_a_generator_s_entries_come_again(monkeypatch):
 def test_what_needs_working_refuses_a_generator_by_name(overrides, message):
     with pytest.raises(ValueError, match=message):
         source(**{"data.tasks": "[chain_sum, gcd]", **overrides})
-    config = configured(**{"data.tasks": "[chain_sum, gcd]", "data.heldout": 2, **overrides})
-    assert len(PromptSource(config, byte_level(), trains=False).heldout) == 2
 
 
 def test_limits_on_the_length_of_a_prompt(tmp_path):

@@ -203,7 +203,7 @@ def test_the_checkpoint_of_a_step(model, scripted, tmp_path, monkeypatch):
     assert torch.equal(loaded[0]["model.norm.weight"], trained.model.norm.weight)
 
 
-def test_every_row_of_a_data_set_named_on_the_command_line(model, scripted, tmp_path):
+def test_every_row_of_a_data_set_named_on_the_command_line(model, scripted, tmp_path, capsys):
     rows = [{"problem": "6 / 12?", "answer": r"\frac{1}{2}"}, {"problem": "x" * 300, "answer": "0"}]
     data = jsonl(tmp_path / "fractions.jsonl", [*rows, rows[0]])
     pytest.importorskip("math_verify", reason="pip install 'scope-fast[eval]'")
@@ -216,6 +216,30 @@ def test_every_row_of_a_data_set_named_on_the_command_line(model, scripted, tmp_
     assert values(result, "fractions")["avg@n"] == 1.0
     counts = result["benchmarks"]["fractions"]["counts"]
     assert counts["data/skipped_long"] == 1 and counts["data/duplicates"] == 1
+    jsonl(data, rows[1:])
+    assert run(model, "--data.path", data, "--k", "1", tmp_path=tmp_path)[0] == 2
+    assert "fractions.jsonl: no usable prompt in 1 rows (data/skipped_long 1)" in capsys.readouterr().out
+
+
+def test_only_rows_on_the_way_to_the_prompts_count_as_passed_over(model, scripted, tmp_path):
+    """Of a data set, and of the rows that a run held out."""
+    sizes = [1, 300, 2, 300, 3, 300]
+    data = jsonl(tmp_path / "a.jsonl", [{"prompt": "z" * size, "answer": "1"} for size in [9, *sizes]])
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    config = load(None, [("method", "grpo"), ("data.path", str(data)), ("data.heldout", "6")])
+    (run_dir / "config.yaml").write_text(to_yaml(config))
+    (run_dir / "export").symlink_to(model)
+    scripted(lambda prompt, sample: "Answer: 1")
+    for arguments, name, most, problems, skipped in (
+        ([run_dir], "jsonl", 1, 1, 0),
+        ([run_dir], "jsonl", 2, 2, 1),
+        ([run_dir], "jsonl", 9, 3, 3),
+        ([model, "--data.path", data], "a", 3, 3, 1),
+        ([model, "--data.path", data], "a", 9, 4, 3),
+    ):
+        made = run(*arguments, "--k", "1", "--prompts", most, tmp_path=tmp_path)[1]["benchmarks"][name]
+        assert made["problems"] == problems and made["counts"].get("data/skipped_long", 0) == skipped
 
 
 def test_an_answer_of_several_lines_suits_no_response(model, scripted, tmp_path, capsys):
