@@ -197,5 +197,17 @@ def test_what_cannot_mark_steps_is_refused_by_name(make, message):
 
 def test_a_checkpoint_without_its_head_is_refused(tmp_path):
     save_file({"model.norm.weight": torch.ones(2)}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"has no tensor score\.0\.weight"):
+    with pytest.raises(ValueError, match=r"^prm\.path: .* has no tensor score\.0\.weight in model\.safetensors$"):
         text_scorers.read_tensors(str(tmp_path), text_scorers.QWEN_HEAD)
+
+
+def test_a_sharded_checkpoint_without_its_head_is_refused(tmp_path):
+    save_file({"score.0.weight": torch.ones(2)}, tmp_path / "model-1.safetensors")
+    index = {"weight_map": {"score.0.weight": "model-1.safetensors", "score.0.bias": "model-1.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (found,) = text_scorers.read_tensors(str(tmp_path), ("score.0.weight",))
+    assert torch.equal(found, torch.ones(2))
+    with pytest.raises(ValueError, match=r"^prm\.path: .* has no tensor score\.2\.weight$"):  # not in the index
+        text_scorers.read_tensors(str(tmp_path), ("score.0.weight", "score.2.weight"))
+    with pytest.raises(ValueError, match=r"has no tensor score\.0\.bias in model-1\.safetensors$"):  # nor in its shard
+        text_scorers.read_tensors(str(tmp_path), ("score.0.weight", "score.0.bias"))

@@ -91,11 +91,14 @@ def read_tensors(folder: str, names: tuple[str, ...]) -> list[torch.Tensor]:
     from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
     index = cached_file(folder, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
-    shards = {} if index is None else json.loads(Path(index).read_text())["weight_map"]
+    single = dict.fromkeys(names, SAFE_WEIGHTS_NAME)
+    shards = single if index is None else json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
     tensors = []
     for name in names:
-        with safe_open(cached_file(folder, shards.get(name, SAFE_WEIGHTS_NAME)), "pt") as file:
+        if name not in shards:
+            raise ValueError(f"prm.path: {folder} has no tensor {name}")
+        with safe_open(cached_file(folder, shards[name]), "pt") as file:
             if name not in file.keys():  # noqa: SIM118  a safetensors handle is no mapping
-                raise ValueError(f"prm.path: {folder} has no tensor {name}")
+                raise ValueError(f"prm.path: {folder} has no tensor {name} in {shards[name]}")
             tensors.append(file.get_tensor(name))
     return tensors
