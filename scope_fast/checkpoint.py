@@ -136,12 +136,6 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
 
 
-def load_latest(run_dir: Path | str, like: dict[str, Any] | None = None) -> dict[str, Any] | None:
-    """`load` of `latest`; None where the run has no usable checkpoint."""
-    path = latest(run_dir)
-    return None if path is None else load(path, like)
-
-
 def capture_rng() -> dict[str, Any]:
     """The state of Python's, numpy's and torch's random generators (CUDA's too once in use), in plain values."""
     name, keys, *rest = numpy.random.get_state()

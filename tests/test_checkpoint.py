@@ -82,6 +82,10 @@ def assert_equal(a, b):
         assert type(a) is type(b) and a == b
 
 
+def load_latest(run_dir):
+    return checkpoint.load(checkpoint.latest(run_dir))
+
+
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path):
     run = Run()
     run.step()
@@ -89,7 +93,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path):
     saved = run.state()
     path = checkpoint.save(tmp_path, 2, saved)
     assert path == tmp_path / "checkpoints" / "step_2"
-    loaded = checkpoint.load_latest(tmp_path)
+    loaded = load_latest(tmp_path)
     assert_equal(loaded, saved)
     assert loaded["optimizer"]["state"][0]["exp_avg"].abs().sum() > 0  # AdamW's moments are there, under int keys
     assert loaded["optimizer"]["param_groups"][0]["betas"] == (0.9, 0.999)
@@ -139,13 +143,13 @@ def test_the_newest_ones_are_kept(tmp_path):
     for step in (2, 9, 10, 11):
         checkpoint.save(tmp_path, step, {"step": step}, keep=2)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_10", "step_11"]
-    assert checkpoint.load_latest(tmp_path) == {"step": 11}
+    assert load_latest(tmp_path) == {"step": 11}
 
 
 def test_a_step_saved_again_replaces_the_old_one(tmp_path):
     checkpoint.save(tmp_path, 1, {"value": "old"})
     checkpoint.save(tmp_path, 1, {"value": "new"})
-    assert checkpoint.load_latest(tmp_path) == {"value": "new"}
+    assert load_latest(tmp_path) == {"value": "new"}
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_1"]
 
 
@@ -211,7 +215,7 @@ def test_a_damaged_checkpoint_is_skipped_and_named(tmp_path, capsys, damage):
     old = checkpoint.save(tmp_path, 1, {"w": torch.ones(64)})
     new = checkpoint.save(tmp_path, 2, {"w": torch.zeros(64)})
     reason = damage(new)
-    assert torch.equal(checkpoint.load_latest(tmp_path)["w"], torch.ones(64))
+    assert torch.equal(load_latest(tmp_path)["w"], torch.ones(64))
     assert capsys.readouterr().out.startswith(f"checkpoint {new} skipped: {reason}")
     assert checkpoint.latest(tmp_path) == old
     with pytest.raises(checkpoint.DamagedCheckpoint) as error:
@@ -248,10 +252,10 @@ def test_a_crash_while_writing_leaves_the_older_one(tmp_path, moment):
     died = subprocess.run([sys.executable, "-c", program, tmp_path], cwd=ROOT)
     assert died.returncode == 9
     assert (tmp_path / "checkpoints" / ".tmp-step_2").exists()
-    assert torch.equal(checkpoint.load_latest(tmp_path)["w"], torch.ones(8))
+    assert torch.equal(load_latest(tmp_path)["w"], torch.ones(8))
     checkpoint.save(tmp_path, 2, {"w": torch.full((8,), 2.0)})
     assert not (tmp_path / "checkpoints" / ".tmp-step_2").exists()
-    assert torch.equal(checkpoint.load_latest(tmp_path)["w"], torch.full((8,), 2.0))
+    assert torch.equal(load_latest(tmp_path)["w"], torch.full((8,), 2.0))
 
 
 def test_rng_state_goes_on_where_it_was():
@@ -327,7 +331,7 @@ train(model, optimizer)
 
 again, fresh = start(99)
 weights, moments = get_state_dict(again, fresh)
-state = checkpoint.load_latest(folder, like={"model": weights, "optimizer": moments})
+state = checkpoint.load(checkpoint.latest(folder), like={"model": weights, "optimizer": moments})
 assert state["rank"] == rank
 set_state_dict(again, fresh, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 checkpoint.restore_rng(state["rng"])
@@ -354,7 +358,7 @@ def test_sharded_save_load_and_export_on_two_ranks(tmp_path):
 
     files = [p.name for p in (tmp_path / "run" / "checkpoints" / "step_1").iterdir()]
     assert {"state_0.json", "state_1.json"} < set(files) and sum(n.startswith("shard-") for n in files) == 2
-    one = checkpoint.load_latest(tmp_path / "run")  # written by two ranks, read whole by one process
+    one = load_latest(tmp_path / "run")  # written by two ranks, read whole by one process
     assert one["rank"] == 0
     assert {name: t.shape for name, t in one["model"].items()} == {
         name: t.shape for name, t in tiny_model().state_dict().items()
