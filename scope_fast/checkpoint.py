@@ -48,7 +48,8 @@ def save(run_dir: Path | str, step: int, state: dict[str, Any], keep: int = 2) -
         are kept rank by rank (the RNG differs), tensors once.
 
     WriteFailed, on every rank, if one of them could not write its part: what was begun is removed, so that the room it
-    took is free again, and the older checkpoints stay.
+    took is free again, and the older checkpoints stay. WriteFailed too, after the new one is whole, if an older one
+    could not be removed.
     """
     if keep < 1:
         raise ValueError(f"keep={keep}: expected at least 1")
@@ -62,11 +63,13 @@ def save(run_dir: Path | str, step: int, state: dict[str, Any], keep: int = 2) -
                     files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
                     _write(temporary / MANIFEST, {"step": step, "world_size": world_size(), "files": files})
                     _replace(temporary, target)
-                    _prune(root, keep, step)
     except WriteFailed:
         if rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
+    with writing("the removal of older checkpoints", root), _together():  # the new one is whole already
+        if rank() == 0:
+            _prune(root, keep, step)
     return target
 
 
