@@ -14,7 +14,6 @@ scorecard.py says what is measured.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
 from collections import Counter
@@ -37,6 +36,7 @@ from scope_fast.prm.scorers import ExactScorer, StepScorer
 from scope_fast.progress import progress_bars
 from scope_fast.rollout import make_engine
 from scope_fast.rollout.base import Rollout, RolloutEngine, Sampling
+from scope_fast.sampler import seed_of
 from scope_fast.scope.localize import first_error, valid_probs
 from scope_fast.scope.steps import TokenBytes, split_steps
 from scope_fast.scope.trajectory import Prompt, Trajectory
@@ -280,7 +280,7 @@ class Evaluator:
         end = self.tokenizer.eos_token_id  # as in training, whatever the model's own configuration says
         stop = () if end is None else (end,)
         sampling = Sampling(self.request.temperature, rollout.top_p, rollout.max_tokens, stop)
-        seeds = [[_seed(self.config.seed, job.name, p.id, i) for i in range(job.samples)] for p in job.prompts]
+        seeds = [[seed_of(self.config.seed, job.name, p.id, i) for i in range(job.samples)] for p in job.prompts]
         outputs = self.engine.generate([list(p.ids) for p in job.prompts], job.samples, sampling, seeds)
         return [
             [self._trajectory(prompt, number, i, rollout) for i, rollout in enumerate(rollouts)]
@@ -378,10 +378,6 @@ def encoded(where: str, rows: list[dict], config: Config, tokenizer, most: int |
 def similarity() -> dict[str, Callable[[list[str]], float | None]]:
     """The measures of SIMILARITY whose package is installed."""
     return {name: function for name, (package, function) in SIMILARITY.items() if find_spec(package) is not None}
-
-
-def _seed(*what: object) -> int:
-    return int.from_bytes(hashlib.sha256("/".join(map(str, what)).encode()).digest()[:7], "big")
 
 
 def record(request: Request, results: list[Result], averages: list[Result]) -> dict:

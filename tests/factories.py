@@ -66,3 +66,9 @@ def trajectory(lengths=(2, 2), probs=None, first_error=None, reward=0.0, eos=Tru
 def accepted(kept_steps, kept_tokens, suffix_ids, reward=1.0):
     """A repair that passed verification."""
     return Repair(kept_steps, kept_tokens, "accepted", suffix_ids=list(suffix_ids), reward=reward)
+
+
+def token_versions(rollout):
+    """The version of the weights that drew each token of a Rollout."""
+    spans = rollout.weight_versions or ((rollout.weight_version, 0, len(rollout.token_ids)),)
+    return [version for version, start, end in spans for _ in range(start, end)]

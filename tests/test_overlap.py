@@ -8,6 +8,7 @@ from statistics import fmean
 
 import pytest
 import torch
+from factories import token_versions
 from fixtures.server_core import slowed
 from tiny_models import response_logprobs
 from transformers import AutoTokenizer
@@ -114,12 +115,12 @@ def test_every_token_is_of_the_version_it_says(tmp_path, monkeypatch):
     assert [m["sync/weight_version"] for m in metrics] == list(range(1, STEPS + 1))
     for step, (line, measured) in enumerate(zip(lines, metrics, strict=True)):
         rollouts = [as_rollout(record) for record in line]
-        versions = [version for r in rollouts for version in r.token_versions()]
+        versions = [version for r in rollouts for version in token_versions(r)]
         assert set(versions) <= {max(step - 1, 0), step}
         assert measured["sampling/staleness"] == pytest.approx(fmean(step - version for version in versions))
         for rollout in (r for i, r in enumerate(rollouts) if i % 4 == 0 or len(r.weight_versions) > 1):
-            by_version = {v: response_logprobs(weights[v], rollout) for v in set(rollout.token_versions())}
-            truth = torch.stack([by_version[v][i] for i, v in enumerate(rollout.token_versions())])
+            by_version = {v: response_logprobs(weights[v], rollout) for v in set(token_versions(rollout))}
+            truth = torch.stack([by_version[v][i] for i, v in enumerate(token_versions(rollout))])
             assert (truth - torch.tensor(rollout.logprobs)).abs().max() < 2e-4
     assert metrics[0]["sampling/staleness"] == 0.0
     crossing = [

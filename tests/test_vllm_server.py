@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from factories import token_versions
 from fixtures.server_core import processes_of, slowed
 from tiny_models import make, perturb, response_logprobs
 
@@ -442,7 +443,7 @@ def test_tokens_in_tokens_out(engine, model):
             assert r.prompt_ids == prompt
             assert gap(model, r) < GAP
             assert (r.finish_reason == "stop") == (r.token_ids[-1] in (2, *range(100, 130)))
-            assert r.token_versions() == [0] * len(r.token_ids)
+            assert token_versions(r) == [0] * len(r.token_ids)
         assert group[0].token_ids != group[1].token_ids
     with pytest.raises(ValueError, match=r"prompts\[0\] has 512 tokens"):
         engine.generate([[5] * CONTEXT], 1, Sampling())

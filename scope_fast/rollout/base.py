@@ -61,11 +61,6 @@ class Rollout:
     weight_version: int
     weight_versions: tuple[tuple[int, int, int], ...] | None = None
 
-    def token_versions(self) -> list[int]:
-        """The version that drew each token, as long as token_ids."""
-        spans = self.weight_versions or ((self.weight_version, 0, len(self.token_ids)),)
-        return [version for version, start, end in spans for _ in range(start, end)]
-
 
 class ParamMeta(NamedTuple):
     """Name, dtype and full shape of one tensor, under the name it has in a checkpoint."""
