@@ -135,7 +135,7 @@ def parse(arguments: list[str]) -> Request:
     add(
         "--prompts",
         type=int,
-        help="most problems: of each benchmark of --suite and of --data.path (default: all rows), without those of all "
+        help="most problems of each benchmark of --suite, or of --data.path (default: all rows); with neither, of all "
         "tasks together (default: evaluation.prompts)",
     )
     add("--engine", help="auto, vllm or transformers (default: rollout.engine)")
