@@ -192,6 +192,21 @@ def test_chunks_do_not_matter(place, chunk_tokens):
 
 
 @on_places
+def test_dweight_is_summed_in_float32_over_chunks(place):
+    """In bfloat16, 160 chunks of a row lose no more than one chunk does, chance aside: the sum is rounded once."""
+    case64 = make_case(T=160, D=5, V=11, segments=(2,))
+    (truth,) = torch.autograd.grad(
+        naive_loss(case64.hidden, case64.weight, case64.streams, LossOptions())[0], case64.weight
+    )
+    errors = {}
+    for chunk_tokens in (1, 160):
+        case = case64.to(torch.bfloat16, place.device)
+        (dweight,) = torch.autograd.grad(run(case, LossOptions(chunk_tokens=chunk_tokens), place)[0], case.weight)
+        errors[chunk_tokens] = ((dweight.cpu().double() - truth).norm() / truth.norm()).item()
+    assert 0 < errors[1] <= 1.2 * errors[160] < 5e-3
+
+
+@on_places
 @pytest.mark.parametrize("segments", [(0,), (1,), (2,), (0, 1), (0, 2)], ids=["ignored", "rl", "nll", "rl0", "nll0"])
 def test_missing_components(place, segments):
     case = make_case(segments=segments)
