@@ -51,12 +51,20 @@ def weighted(outputs) -> torch.Tensor:
     return sum((g * out).sum() for g, out in zip(grad, outputs, strict=True))
 
 
-def check_against_naive(case64: Case, place: Place, dtype: torch.dtype, **kwargs) -> None:
+def precisions(place: Place) -> list[tuple[torch.dtype, str]]:
+    """(dtype, logits_dtype) of all that a backend computes differently."""
+    return [*((dtype, "float32") for dtype in place.dtypes), (torch.bfloat16, "bfloat16")]
+
+
+def check_against_naive(
+    case64: Case, place: Place, dtype: torch.dtype, logits_dtype: str = "float32", **kwargs
+) -> None:
     case, eager = case64.to(dtype, place.device), case64.to(dtype)
-    truth, theirs, ours = truth_of(case64), truth_of(eager), run(case, place, **kwargs)
+    truth, theirs, ours = truth_of(case64), truth_of(eager), run(case, place, logits_dtype=logits_dtype, **kwargs)
     for name, a, b, c in zip(OUTPUTS, ours, theirs, truth, strict=True):
         assert a.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-        assert_no_worse(a, b, c, a.dtype, name)
+        # eager torch rounds bfloat16's logits too, each to another side
+        assert_no_worse(a, b, c, torch.bfloat16 if logits_dtype == "bfloat16" else a.dtype, name)
     names = ("dhidden", "dweight", "dbias")[: len(case.leaves())]
     grads = (gradients(weighted(out), each) for out, each in ((ours, case), (theirs, eager), (truth, case64)))
     for name, a, b, c in zip(names, *grads, strict=True):
@@ -86,8 +94,8 @@ def test_hand_values(place):
 @pytest.mark.parametrize("chunk_tokens", [None, 0, 4])
 def test_every_dtype(place, bias, temperature, chunk_tokens):
     case = make_case(T=15, bias=bias, temperature=temperature)
-    for dtype in place.dtypes:
-        check_against_naive(case, place, dtype, chunk_tokens=chunk_tokens)
+    for dtype, logits_dtype in precisions(place):
+        check_against_naive(case, place, dtype, logits_dtype, chunk_tokens=chunk_tokens)
 
 
 @on_places
@@ -100,8 +108,8 @@ def test_odd_shapes(place, T, D, V, chunk_tokens):
 @on_places
 def test_vocabulary_of_several_blocks(place):
     case = make_case(T=4, D=8, V=9001, bias=True, temperature=True)
-    for dtype in place.dtypes:
-        check_against_naive(case, place, dtype)
+    for dtype, logits_dtype in precisions(place):
+        check_against_naive(case, place, dtype, logits_dtype)
 
 
 @places(reference=False)
@@ -111,8 +119,8 @@ def test_gradient_in_several_vocabulary_tiles(place, chunk_tokens, monkeypatch):
     for name in ("TILE_BYTES", "STREAM_BYTES"):
         monkeypatch.setattr(f"scope_fast.kernels.linear_logprob.{name}", 1)
     case = make_case(T=9, D=8, V=700, bias=True)
-    for dtype in place.dtypes:
-        check_against_naive(case, place, dtype, chunk_tokens=chunk_tokens)
+    for dtype, logits_dtype in precisions(place):
+        check_against_naive(case, place, dtype, logits_dtype, chunk_tokens=chunk_tokens)
 
 
 @on_places
@@ -282,6 +290,8 @@ def test_bf16_precision_at_a_large_vocabulary(place):
     for chunk_tokens in (None, 0):
         ours = run(case64.to(torch.bfloat16, place.device), place, chunk_tokens=chunk_tokens).logprob
         assert (ours.cpu() - truth).abs().max() < 1e-4
+    rounded = run(case64.to(torch.bfloat16, place.device), place, logits_dtype="bfloat16").logprob
+    assert 1e-4 < (rounded.cpu() - truth).abs().max() < 2e-2
 
 
 def test_autocast_reaches_forward_and_backward():

@@ -6,6 +6,7 @@ Ten examples a test, the same ones every time; FUZZ_EXAMPLES asks for more:
 
 import os
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -78,21 +79,27 @@ def test_fuzz_linear_scope_loss(place, case, options, dtype, given_rows):
 
 
 @places("linear_logprob", "linear_logprob_backward", reference=False)
-@given(case=cases(), dtype=dtypes, chunk_tokens=st.sampled_from([None, 0, 3]))
+@pytest.mark.parametrize(
+    ("dtype", "logits_dtype"),
+    [(torch.float32, "float32"), (torch.bfloat16, "float32"), (torch.bfloat16, "bfloat16")],
+    ids=["float32", "bfloat16", "bfloat16 logits"],
+)
+@given(case=cases(), chunk_tokens=st.sampled_from([None, 0, 3]))
 @fuzzed
-def test_fuzz_linear_logprob(place, case, dtype, chunk_tokens):
+def test_fuzz_linear_logprob(place, case, dtype, logits_dtype, chunk_tokens):
+    rounded = torch.bfloat16 if logits_dtype == "bfloat16" else torch.float32
     results = []
     for backend, kept in ((place.backend, dtype), ("reference", torch.float64)):
         each = case.to(kept, place.device)
         temperature = 1.0 if each.streams.temperature is None else each.streams.temperature
         out = linear_logprob(
             each.hidden, each.weight, each.streams.target, bias=each.bias, temperature=temperature,
-            chunk_tokens=chunk_tokens, backend=backend,
+            chunk_tokens=chunk_tokens, logits_dtype=logits_dtype, backend=backend,
         )  # fmt: skip
         results.append((out, gradients((out[0] - 0.3 * out[1] + 0.1 * out[2]).sum(), each)))
     (out, grads), (true, true_grads) = results
     for a, b in zip(out, true, strict=True):
-        close_to(a, b, torch.float32)
+        close_to(a, b, rounded)
     for a, b in zip(grads, true_grads, strict=True):
         close_to(a, b, dtype)
 
