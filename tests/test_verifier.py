@@ -45,6 +45,16 @@ def act(response, entry):
 def pid(response, entry):
     return float(os.getpid()), None
 
+def meet(response, entry):
+    """The scorer's process, once the item it names is being scored too; raises after ten seconds alone."""
+    folder, end = entry["folder"], time.monotonic() + 10
+    open(os.path.join(folder, response), "w").close()
+    while not os.path.exists(os.path.join(folder, entry["other"][response])):
+        if time.monotonic() > end:
+            raise TimeoutError("nobody came")
+        time.sleep(0.005)
+    return float(os.getpid()), None
+
 not_callable = 3
 '''
 
@@ -69,12 +79,18 @@ def test_rewards_and_answers_come_back_in_order(scorers):
         assert verifier.score([]) == []
 
 
-def test_workers_stay_and_share_the_items(scorers):
-    with Verifier(f"{scorers}:pid", num_workers=2) as verifier:
-        first = {verdict.reward for verdict in verifier.score(items(*["x"] * 400))}
-        later = {verdict.reward for verdict in verifier.score(items(*["x"] * 400))}
-    assert 1 <= len(first) <= 2 and os.getpid() not in first
-    assert len(first | later) <= 2  # nobody was restarted
+def test_workers_stay_and_share_the_items(scorers, tmp_path):
+    """Two items that wait for each other need two workers at one time; a second pair finds the same two."""
+    with Verifier(f"{scorers}:meet", num_workers=2, timeout_s=20.0) as verifier:
+        pids = []
+        for names in ("ab", "cd"):
+            verdicts = verifier.score(
+                items(*names, folder=str(tmp_path), other=dict(zip(names, names[::-1], strict=True)))
+            )
+            assert [verdict.status for verdict in verdicts] == ["ok", "ok"], verdicts
+            pids.append({verdict.reward for verdict in verdicts})
+    assert len(pids[0]) == 2 and pids[0] == pids[1]  # nobody was restarted
+    assert os.getpid() not in pids[0]
 
 
 @pytest.mark.parametrize(
