@@ -285,6 +285,15 @@ def test_the_server_says_how_long_to_wait():
     assert second - first >= 1.0
 
 
+def test_the_wait_doubles_at_every_retry():
+    """backoff_s, then twice that, each times a draw from [0.5, 1]."""
+    with serving(lambda body, attempt: (500, "down")) as server:
+        (error,) = teacher(server.url, backoff_s=0.2, retries=2).complete(requests_(1))
+        first, second, third = server.times
+    assert error.category == "server"
+    assert second - first >= 0.1 and third - second >= 0.2
+
+
 def test_a_wait_beyond_the_step_s_time_is_not_begun():
     with serving(lambda body, attempt: (429, "busy", {"Retry-After": "100"})) as server:
         start = time.monotonic()
