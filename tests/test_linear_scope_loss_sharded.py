@@ -1,7 +1,5 @@
 """A DTensor head: every rank's tokens reach the whole weight, and its gradient is the sum over ranks, sharded again."""
 
-import socket
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -23,8 +21,8 @@ def part_of(case: Case, rank: int) -> tuple[torch.Tensor, TokenStreams]:
     return case.hidden.detach()[rows].requires_grad_(), streams
 
 
-def run_rank(rank: int, port: int) -> None:
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS)
+def run_rank(rank: int, meeting_point: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=RANKS)
     case = make_case(T)
     mesh = init_device_mesh("cpu", (RANKS,))
     weight = distribute_tensor(case.weight.detach(), mesh, [Shard(0)]).requires_grad_()
@@ -48,8 +46,5 @@ def run_rank(rank: int, port: int) -> None:
     leave()
 
 
-def test_gradient_is_the_sum_over_ranks():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(run_rank, args=(port,), nprocs=RANKS)
+def test_gradient_is_the_sum_over_ranks(tmp_path):
+    mp.spawn(run_rank, args=(str(tmp_path / "rendezvous"),), nprocs=RANKS)
