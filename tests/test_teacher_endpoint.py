@@ -26,6 +26,7 @@ from factories import byte_level, prompt, sentencepiece
 from scope_fast import config as cfg
 from scope_fast import train
 from scope_fast.metrics import METRICS
+from scope_fast.rollout.server_process import free_port
 from scope_fast.teacher import Reply, Request, TeacherError, ask, counts_of
 from scope_fast.teacher_endpoint import EndpointTeacher
 
@@ -512,12 +513,7 @@ def vllm_server(tmp_path_factory):
     tokenizer.chat_template = TEMPLATE
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    # bound for as long as the server runs: nobody else is given the port, and the server, which sets SO_REUSEADDR too,
-    # may still bind it, since this socket does not listen
-    held = socket.socket()
-    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    held.bind(("127.0.0.1", 0))
-    port = held.getsockname()[1]
+    port = free_port()
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     arguments = ["--model", str(folder), "--served-model-name", "m", "--port", str(port), "--host", "127.0.0.1"]
     log = open(folder / "log", "w")  # noqa: SIM115  the process owns it
@@ -533,7 +529,6 @@ def vllm_server(tmp_path_factory):
         process.terminate()
         process.wait(60)
         log.close()
-        held.close()
 
 
 def _saved(tokenizer, folder):

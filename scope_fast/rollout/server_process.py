@@ -174,9 +174,9 @@ def free_port() -> int:
     it only after its imports, and until then no other process's connection may be given it."""
     for port in random.Random().sample(range(20000, 32768), 100):
         with socket.socket() as probe, contextlib.suppress(OSError):  # taken: the next
-            probe.bind(("127.0.0.1", port))
+            probe.bind(("", port))
             return port
-    raise OSError("no free port between 20000 and 32768 on 127.0.0.1")
+    raise OSError("no free port between 20000 and 32768")
 
 
 def _inherited(environment: Mapping[str, str]) -> dict[str, str]:

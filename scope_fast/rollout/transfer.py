@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import socket
 from typing import Any
 
 from scope_fast.rollout.base import TRANSFERS, EngineOptions, WeightSource
+from scope_fast.rollout.server_process import free_port
 from scope_fast.rollout.weight_sync import ShmInit
 
 
@@ -95,16 +95,14 @@ def _ipc_init(rank: int, bucket_bytes: int) -> Any:
 def _nccl_init(rank: int, bucket_bytes: int, address: str, num_workers: int) -> Any:
     """Not run on a GPU. vLLM's default of two buffers of 1 GiB would be taken from the KV cache and the learner.
 
-    The size is where a buffer is cut, after the tensor that goes beyond it: no tensor is too large."""
+    The size is where a buffer is cut, after the tensor that goes beyond it: no tensor is too large.
+    """
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
-    with socket.socket() as probe:  # the rendezvous is opened by rank 0, on this machine
-        probe.bind(("", 0))
-        port = probe.getsockname()[1]
     return NCCLTrainerInitInfo(
         rank=rank,
         master_address=address,
-        master_port=port,
+        master_port=free_port(),  # the rendezvous is opened by rank 0, on this machine
         world_size=1 + num_workers,
         packed=True,
         packed_buffer_size_bytes=bucket_bytes,
