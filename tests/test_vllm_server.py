@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -141,13 +142,14 @@ def test_a_shared_servers_old_weights_are_no_version_of_this_run(http_server, tm
     model = make()
     model.save_pretrained(tmp_path)
     http_server.version = "0"
-    options = EngineOptions(sync_timeout_s=0.3, server_url=http_server.url)
-    sender = VllmServerEngine(str(tmp_path), options)
-    early, late = (VllmServerEngine(str(tmp_path), options, ShmInit(rank=1)) for _ in range(2))
+    options = EngineOptions(server_url=http_server.url)
+    sender, late = VllmServerEngine(str(tmp_path), options), VllmServerEngine(str(tmp_path), options, ShmInit(rank=1))
+    early = VllmServerEngine(str(tmp_path), replace(options, sync_timeout_s=0.3), ShmInit(rank=1))
     with pytest.raises(RuntimeError, match="sent version 0, the engine reports 'from before the first sync'"):
         early.update_weights(model, 0)
-    with pytest.raises(RuntimeError, match=r"reported weight versions .*'from before the first sync'"):
-        late.generate([[5]], 1, Sampling())
+    for engine in (sender, late):
+        with pytest.raises(RuntimeError, match="the server at server_url has no weights of this run yet"):
+            engine.generate([[5]], 1, Sampling())
     sender.update_weights(model, 0)
     late.update_weights(model, 0)
     for engine in (sender, late):
@@ -159,9 +161,11 @@ def test_a_shared_servers_old_weights_are_no_version_of_this_run(http_server, tm
 
 def test_close_ends_the_requests_that_wait(http_server, tmp_path):
     """A server that stays paused after a failed sync answers none; their threads would keep the interpreter."""
-    make().save_pretrained(tmp_path)
-    http_server.hangs_at = "/inference"
+    model = make()
+    model.save_pretrained(tmp_path)
     engine = VllmServerEngine(str(tmp_path), EngineOptions(server_url=http_server.url, max_num_seqs=2))
+    engine.update_weights(model, 0)
+    http_server.hangs_at = "/inference"
     with ThreadPoolExecutor(1) as threads:
         sampled = threads.submit(engine.generate, [[5]], 9, Sampling())  # four wait for an answer, five for a thread
         deadline = time.monotonic() + 10.0
@@ -169,7 +173,8 @@ def test_close_ends_the_requests_that_wait(http_server, tmp_path):
             time.sleep(0.01)
         start = time.monotonic()
         engine.close()
-        with pytest.raises(ServerDiedError, match="POST /inference/v1/generate: RemoteDisconnected"):
+        reasons = "RemoteDisconnected|BrokenPipeError"  # a request that was sent, or about to be
+        with pytest.raises(ServerDiedError, match=f"POST /inference/v1/generate: ({reasons})"):
             sampled.result(timeout=10.0)
     assert time.monotonic() - start < 5.0  # with all threads joined, where the server would hang for 30
     assert engine._http._sockets == set()
@@ -224,6 +229,38 @@ def test_a_restart_ends_the_old_sender(http_server, tmp_path, monkeypatch):
     with pytest.raises(ServerDiedError, match="no restart is left"):
         engine.generate([[5]], 1, Sampling())
     engine.close()
+
+
+def test_close_during_a_restart_leaves_no_server(http_server, tmp_path, monkeypatch):
+    """Another thread's restart is not waited for: it ends what it has started itself."""
+    make().save_pretrained(tmp_path)
+    starting, closed, stopped = threading.Event(), threading.Event(), []
+
+    class Watched(Process):
+        url = http_server.url
+
+        def stop(self):
+            stopped.append(self)
+
+    class Slow(Watched):
+        def __init__(self, *arguments):
+            starting.set()
+            assert closed.wait(30)
+
+    monkeypatch.setattr(vllm_server, "ServerProcess", Watched)
+    engine = VllmServerEngine(str(tmp_path), EngineOptions())
+    first = engine._process
+    monkeypatch.setattr(vllm_server, "ServerProcess", Slow)
+    dying_once(engine, monkeypatch)
+    with ThreadPoolExecutor(1) as threads:
+        sampled = threads.submit(engine.generate, [[5]], 1, Sampling())
+        assert starting.wait(30)
+        engine.close()
+        closed.set()
+        with pytest.raises(ServerDiedError, match="the engine was closed while it started again"):
+            sampled.result(timeout=30)
+    assert stopped[0] is first
+    assert engine._process is not first and stopped[-1] is engine._process
 
 
 @needs_vllm

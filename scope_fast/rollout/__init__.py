@@ -18,8 +18,9 @@ def make_engine(kind: str, model_dir: str, options: EngineOptions | None = None)
     """The engine for a Hugging Face model folder, announced in one printed line (rank 0's) with the reason for it.
 
     kind: "vllm" (in this process), "vllm_server" (a process of its own, started here unless options.server_url names
-    one that runs), "transformers", or "auto" = vLLM where it is installed. An installed vLLM that does not work raises:
-    falling back would hide a run that is several times slower. ImportError for "vllm" where it is not installed.
+    one that runs: a collective then), "transformers", or "auto" = vLLM where it is installed. An installed vLLM that
+    does not work raises: falling back would hide a run that is several times slower. ImportError for "vllm" where it
+    is not installed.
     """
     from scope_fast.rollout import vllm_engine
 
@@ -36,6 +37,8 @@ def make_engine(kind: str, model_dir: str, options: EngineOptions | None = None)
 
         init, why = transfer.for_server(options, distributed.rank(), torch.cuda.is_available())
         engine: RolloutEngine = VllmServerEngine(model_dir, options, init)
+        if options.server_url is not None:  # nobody asks for versions before rank 0 has marked what was there before
+            distributed.barrier()
         choice = f"vllm server {options.server_url or 'of our own'}"
         reason = f"asked for; weights by {init.backend}: {why}"
     elif kind == "vllm" or (kind == "auto" and vllm_engine.is_installed()):

@@ -170,8 +170,11 @@ class ServerProcess:
 
 
 def free_port() -> int:
-    """One that nobody listens on, below those that systems give away on their own (from 32768 on Linux): a server binds
-    it only after its imports, and until then no other process's connection may be given it."""
+    """One that nobody listens on, below those that Linux gives away on its own (by default from 32768 on).
+
+    A server binds it only after its imports, and until then no other process's connection may be given it. OSError
+    where a hundred tries found none.
+    """
     for port in random.Random().sample(range(20000, 32768), 100):
         with socket.socket() as probe, contextlib.suppress(OSError):  # taken: the next
             probe.bind(("", port))
@@ -183,7 +186,8 @@ def _inherited(environment: Mapping[str, str]) -> dict[str, str]:
     """What a server takes over of this process's environment.
 
     A server started by a rank is no rank: vLLM would take the launcher's rendezvous for its own. And what an engine or
-    a reward model in this process needs of vLLM is no server's: whether there was one, servers are set up alike.
+    a reward model in this process needs of vLLM is no server's: servers are set up alike whether there was one or not
+    (a person's own VLLM_LOGGING_LEVEL=ERROR cannot be told from ours, and goes too).
     """
     ranks = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR"}
     ranks |= {"MASTER_PORT", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "ROLE_NAME"}

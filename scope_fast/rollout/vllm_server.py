@@ -122,9 +122,9 @@ class VllmServerEngine:
         vLLM's sender does collectives over all of them, and the others know of no restart.
     options.server_url: a server that runs already, from the same model folder, with `server_arguments` and the
         environment of `server_process`; it is never restarted. Whatever an earlier run left in it is no version of
-        this one: `generate` raises RuntimeError until the first `update_weights`, and every rank's first sync waits
-        for rank 0's. A sync that fails leaves it paused: what its weights are then, neither old nor new, should answer
-        nobody; the next sync resumes it.
+        this one: `generate` raises RuntimeError until the first `update_weights`, and so does another rank's first
+        sync before rank 0's. A sync that fails leaves it paused: what its weights are then, neither old nor new,
+        should answer nobody; the next sync resumes it.
     transfer: the trainer-side init object of a weight-transfer backend (transfer.py). Default: `ShmInit`. ValueError
         for "ipc" where several ranks share the server: only rank 0 sends, in collectives that the others never join.
 
@@ -155,6 +155,7 @@ class VllmServerEngine:
         self._sender: Any = None
         self._version: int | None = 0
         shared, collective = self._options.server_url is not None, self._sends_in_collectives()
+        self._unsent = shared  # a server of our own holds the model folder's weights, version 0
         if shared and collective:
             raise ValueError(
                 "transfer='ipc': several ranks cannot share the server at server_url; expected shm or nccl"
@@ -181,6 +182,8 @@ class VllmServerEngine:
         self, prompts: list[list[int]], n: int, sampling: Sampling, seeds: list[list[int]] | None = None
     ) -> list[list[Rollout]]:
         self._check_usable()
+        if self._unsent:
+            raise RuntimeError("the server at server_url has no weights of this run yet: call update_weights first")
         check_request(prompts, n, seeds, self._context, self._vocab)
         if seeds is None:
             seeds = draw_seeds(self._seeds, len(prompts), n)
@@ -202,7 +205,7 @@ class VllmServerEngine:
             for _ in source:  # a collective: the sender needs this rank's part
                 pass
         self._surviving(lambda: self._send_alone(version), "weight sync")
-        self._version = version
+        self._version, self._unsent = version, False
 
     def sleep(self) -> None:
         """Nothing: the server has GPUs of its own."""
@@ -232,10 +235,7 @@ class VllmServerEngine:
         return torch.distributed.get_world_size() > 1
 
     def _connect(self) -> None:
-        """A server of our own holds the model folder's weights, version 0; a shared one may hold anybody's.
-
-        A sharded learner's other ranks look at the version after a gather with rank 0, which has been here by then.
-        """
+        """A server of our own holds the model folder's weights, version 0; a shared one may hold anybody's."""
         options = self._options
         if options.server_url is None:
             arguments = server_arguments(self._model_dir, options, self._transfer.backend)
@@ -268,6 +268,8 @@ class VllmServerEngine:
             if self._closed or not self._has_died(process):
                 raise
             with self._lock:
+                if self._closed:
+                    raise
                 if process is self._process:
                     self._restart(what, error)
         return call()
@@ -291,6 +293,10 @@ class VllmServerEngine:
             self._sender.shutdown()
             self._sender = None
         self._connect()
+        if self._closed:  # meanwhile, by another thread, which saw the old one
+            self._http.close()
+            self._process.stop()
+            raise ServerDiedError(f"vLLM server: died in {what}, and the engine was closed while it started again")
         if self._weights.version is not None:
             self._send(self._weights.version)
 
