@@ -48,8 +48,8 @@ def save(run_dir: Path | str, step: int, state: dict[str, Any], keep: int = 2) -
         are kept rank by rank (the RNG differs), tensors once.
 
     WriteFailed, on every rank, if one of them could not write its part: what was begun is removed, so that the room it
-    took is free again, and the older checkpoints stay. WriteFailed too, after the new one is whole, if an older one
-    could not be removed.
+    took is free again, and the older checkpoints stay. One of those that cannot be removed later is named in a printed
+    line, and the run goes on: the new one is whole.
     """
     if keep < 1:
         raise ValueError(f"keep={keep}: expected at least 1")
@@ -67,9 +67,11 @@ def save(run_dir: Path | str, step: int, state: dict[str, Any], keep: int = 2) -
         if rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
-    with writing("the removal of older checkpoints", root), _together():  # the new one is whole already
-        if rank() == 0:
+    if rank() == 0:
+        try:
             _prune(root, keep, step)
+        except OSError as error:
+            print(f"checkpoint {target} is whole, but older ones could not be removed: {error}", flush=True)
     return target
 
 

@@ -20,7 +20,6 @@ from transformers import (
 )
 
 from scope_fast import checkpoint
-from scope_fast.files import WriteFailed
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -224,7 +223,7 @@ def test_a_damaged_checkpoint_is_skipped_and_named(tmp_path, capsys, damage):
     assert str(error.value).startswith(f"checkpoint {new}: {reason}")
 
 
-def test_an_older_one_that_cannot_be_removed_is_no_failure_of_the_new_one(tmp_path, monkeypatch):
+def test_an_older_one_that_cannot_be_removed_is_no_failure_of_the_new_one(tmp_path, monkeypatch, capsys):
     checkpoint.save(tmp_path, 1, {"w": torch.ones(8)})
 
     def rmtree(path, ignore_errors=False):
@@ -232,10 +231,9 @@ def test_an_older_one_that_cannot_be_removed_is_no_failure_of_the_new_one(tmp_pa
             raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(checkpoint.shutil, "rmtree", rmtree)
-    with pytest.raises(WriteFailed) as error:
-        checkpoint.save(tmp_path, 2, {"w": torch.zeros(8)}, keep=1)
-    expected = f"the removal of older checkpoints could not be written to {tmp_path}/checkpoints: Permission denied"
-    assert str(error.value) == expected
+    new = checkpoint.save(tmp_path, 2, {"w": torch.zeros(8)}, keep=1)
+    line = f"checkpoint {new} is whole, but older ones could not be removed: [Errno 13] Permission denied"
+    assert capsys.readouterr().out.startswith(line)
     assert torch.equal(load_latest(tmp_path)["w"], torch.zeros(8))
 
 
