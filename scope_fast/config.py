@@ -99,7 +99,9 @@ class Rollout(_Section):
     engine: Literal["auto", "vllm", "vllm_server", "transformers"] = "auto"
     server_url: str | None = Field(None, description="engine vllm_server: one that runs already; None: start one")
     server_gpus: list[int] | None = Field(
-        None, min_length=1, description="CUDA devices of a server started here; None: the learner's GPU"
+        None,
+        min_length=1,
+        description="CUDA devices of a server started here, as this process counts them; None: the learner's GPU",
     )
     server_workers: Positive = Field(1, description="of the server at server_url, where nccl carries the weights")
     transfer: Literal["auto", "shm", "ipc", "nccl"] = Field("auto", description="carries a server's weights")

@@ -370,8 +370,8 @@ def end_of_step(path: str | Path, step: int) -> int:
 def _parsed(line: bytes, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error.msg})") from None
+    except ValueError as error:  # not JSON, or no UTF-8
+        raise ValueError(f"{where}: not JSON ({error})") from None
     if not isinstance(record, dict) or not isinstance(record.get("step"), int):
         raise ValueError(f"{where}: expected an object with an integer step")
     return record

@@ -169,9 +169,10 @@ def test_a_step_is_found_by_bisection(tmp_path):
 
 def test_bisection_names_file_and_byte(tmp_path):
     path = tmp_path / "log.jsonl"
-    path.write_text('{"step": 1}\nnonsense\n')
-    with pytest.raises(ValueError, match=r"log\.jsonl, byte 12: not JSON"):
-        end_of_step(path, 1)
+    for damage in (b"nonsense", b"\xff"):
+        path.write_bytes(b'{"step": 1}\n' + damage + b"\n")
+        with pytest.raises(ValueError, match=r"log\.jsonl, byte 12: not JSON"):
+            end_of_step(path, 1)
 
 
 @pytest.mark.parametrize("line", ["nonsense", "[1]", '{"name": 1}', '{"step": "1"}'])

@@ -56,6 +56,12 @@ def test_rows_of_another_shape_are_refused_by_name(row, message, tmp_path):
     assert message in str(caught.value)
 
 
+def test_labels_may_be_numbers(tmp_path):
+    file = write(tmp_path / "a.jsonl", [ROW, {**ROW, "labels": [1, 0]}])
+    (as_bools, as_numbers), _ = prm_train.read_examples(file, byte_level(), 100)
+    assert as_numbers == as_bools
+
+
 @pytest.mark.parametrize("budget", [1, 4096])
 def test_the_gradient_is_that_of_one_sequence_after_another(budget):
     torch.manual_seed(0)

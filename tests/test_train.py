@@ -38,7 +38,7 @@ def test_the_engine_is_told_what_the_configuration_says():
     changed = {
         "seed": 7, "num_threads": 1, "sync_timeout_s": 1.5, "start_timeout_s": 2.5, "generate_timeout_s": 3.5,
         "server_workers": 2, "transfer": "nccl", "transfer_address": "10.0.0.1", "server_url": "http://node:8000",
-        "gpu_memory_utilization": 0.3,
+        "gpu_memory_utilization": 0.3, "max_num_seqs": 5,
     }  # fmt: skip
     settings = [("rollout.engine", "vllm_server"), ("seed", "7")]
     settings += [(f"rollout.{name}", str(value)) for name, value in changed.items() if name != "seed"]
@@ -46,7 +46,10 @@ def test_the_engine_is_told_what_the_configuration_says():
     options = train.engine_options(config)
     assert {name: getattr(options, name) for name in changed} == changed
     shared = {field.name for field in fields(EngineOptions)} & type(config.rollout).model_fields.keys()
-    assert shared - changed.keys() == {"max_num_seqs", "server_gpus", "sleep_level"}  # none of both is forgotten
+    assert shared - changed.keys() == {"server_gpus", "sleep_level"}  # which server_url excludes
+    asked = [("rollout.engine", "vllm_server"), ("rollout.server_gpus", "[1, 2]")]
+    assert train.engine_options(load(None, asked)).server_gpus == (1, 2)
+    assert train.engine_options(load(None, [("rollout.sleep_level", "1")])).sleep_level == 1
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:

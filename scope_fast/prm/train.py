@@ -104,7 +104,7 @@ def _example(row: Any, where: str, tokenizer, separator: str) -> Example:
         raise ValueError(f"{where}: 'prompt' is {prompt!r}, expected text or a list of chat messages")
     if not isinstance(steps, list) or not all(isinstance(step, str) and step.strip() for step in steps):
         raise ValueError(f"{where}: 'completions' is {steps!r}, expected a list of text")
-    if not isinstance(labels, list) or not all(isinstance(label, bool) for label in labels):
+    if not isinstance(labels, list) or not all(isinstance(label, int) and label in (0, 1) for label in labels):
         raise ValueError(f"{where}: 'labels' is {labels!r}, expected a list of true and false")
     if len(steps) != len(labels):
         raise ValueError(f"{where}: {len(labels)} labels for {len(steps)} completions")
