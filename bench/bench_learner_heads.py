@@ -126,13 +126,14 @@ class Heads:
         gradient's norm."""
         found = []
 
-        def rows_of(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-            return (hidden.double() @ weight.double().T).log_softmax(1).gather(1, target[:, None])[:, 0]
+        def rows_of(hidden: Tensor, wide: Tensor, target: Tensor) -> Tensor:
+            return (hidden.double() @ wide.T).log_softmax(1).gather(1, target[:, None])[:, 0]
 
         def stats(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, None]:
+            wide = weight.double()  # once: its gradient is summed over the parts in float64
             parts = zip(hidden.split(TRUTH_ROWS), target.split(TRUTH_ROWS), strict=True)
             # recomputed in the backward: float64 logits of all rows are 20 GB at T=16384
-            rows = torch.cat([checkpoint(rows_of, h, weight, t, use_reentrant=False) for h, t in parts])
+            rows = torch.cat([checkpoint(rows_of, h, wide, t, use_reentrant=False) for h, t in parts])
             found.append(rows.detach())
             return rows, None
 

@@ -38,11 +38,11 @@ def specs(device: str, shape: tuple[int, int, int] | None, dtypes: tuple[str, ..
     """On CPU only: two ranks of a GPU run need two GPUs and NCCL."""
     if device != "cpu":
         return []
-    problem = Spec(STEM, CASES[0], shape or (2, 896, 4864), "bfloat16", device)
+    size, room = shape or (2, 896, 4864), bench_weight_bucket.BUCKET_BYTES[device]
+    problem = Spec(STEM, CASES[0], size, "bfloat16", device)
     num_bytes = WIRE.itemsize * sum(torch.Size(s).numel() for s in bench_weight_bucket.shapes(problem))
-    if num_bytes > bench_weight_bucket.BUCKET_BYTES[device]:  # a second bucket's tensors are handed out in the first's
-        raise ValueError(f"--shape: {STEM} compares tensors of one bucket of 64 MiB, these are {num_bytes >> 20} MiB")
-    size = shape or (2, 896, 4864)
+    if num_bytes > room:  # a second bucket's tensors are handed out in the first's
+        raise ValueError(f"--shape: {STEM} takes one bucket of {room >> 20} MiB, these are {num_bytes >> 20} MiB")
     return [Spec(STEM, case, size, "bfloat16", device, ("time",), peers) for case in CASES]
 
 

@@ -1,7 +1,7 @@
 """What is measured, and how: every variant of a problem on the same tensors, interleaved, so that drift hits all alike.
 
-A round calls each variant once, in an order drawn anew (ORDER_SEED): behind a call that left a GPU cool, matmuls are a
-tenth faster than behind one that heated it. The figure is the median over rounds, and a ratio is one of two medians of
+A round calls each variant once, in an order drawn anew (ORDER_SEED): what stood before a call in every round has moved
+bare matmuls by a tenth on an H100. The figure is the median over rounds, and a ratio is one of two medians of
 the same rounds. CUDA: events around each call, the L2 cache overwritten before it. CPU: perf_counter, a short call
 repeated until a sample lasts MIN_SAMPLE_S. Before any timing the result of each variant that has one is compared with
 the truth. A variant that cannot run says why in the record; nothing is left out in silence.
