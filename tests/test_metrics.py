@@ -6,6 +6,7 @@ import io
 import json
 import math
 import sys
+import time
 from itertools import combinations_with_replacement
 from pathlib import Path
 from types import SimpleNamespace
@@ -120,6 +121,7 @@ def test_tensorboard_holds_the_scalars_and_forgets_what_resume_dropped(tmp_path)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     write_logs(tmp_path, 4)
+    time.sleep(1.0)  # TensorBoard reads files by name: second, process, and a number whose 10 comes before 9
     with MetricsWriter(tmp_path, 4, "scope", resume_step=2) as writer:
         writer.write(3, {"reward/mean": 0.75})
     events = EventAccumulator(str(tmp_path / "tensorboard"))
