@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from bench import harness, peers
-from bench.bench_linear_scope_loss import flops, matmuls
 from bench.bench_linear_scope_loss import limits as three_matmul_limits
-from bench.harness import OURS, Formula, Spec, Variant
+from bench.bench_linear_scope_loss import matmuls
+from bench.harness import OURS, Formula, Spec, Variant, flops
 from bench.problems import ERROR_LIMITS, HeadProblem
 from scope_fast import linear_logprob
 

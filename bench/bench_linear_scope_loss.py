@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 
 from bench import harness, peers
-from bench.harness import OURS, Formula, Spec, Variant
+from bench.harness import OURS, Formula, Spec, Variant, flops
 from bench.problems import ERROR_LIMITS, HeadProblem, Loss
 from scope_fast import linear_scope_loss
 
@@ -40,11 +40,6 @@ def specs(device: str, shape: tuple[int, int, int] | None, dtypes: tuple[str, ..
 
 def make_problem(spec: Spec, exact: bool = True) -> HeadProblem:
     return HeadProblem(spec, exact)
-
-
-def flops(spec: Spec, multiple: int) -> Formula:
-    T, D, V = spec.shape
-    return Formula(multiple * T * V * D, "TFLOP/s", f"{multiple}*T*V*D")
 
 
 def formula(spec: Spec) -> Formula:
@@ -151,7 +146,7 @@ def our_variants(spec: Spec, backend: str) -> list[Variant]:
     logits = ("float32", "bfloat16") if spec.dtype == "bfloat16" else ("float32",)
     if spec.case != "variations":
         return [our_variant(spec, backend, "", "scope", logits_dtype=dtype) for dtype in logits]
-    T = spec.shape[0]
+    idle = f"{spec.shape[0] // 2} rows of advantage 0: no gradient"
     streaming = {"chunk_tokens": 0, "logits_dtype": "float32"}
     extra = [our_variant(spec, backend, ", streaming", "plain", "no logits", multiple=8, **streaming)]
     return (extra if backend == "triton" else []) + [
@@ -159,15 +154,7 @@ def our_variants(spec: Spec, backend: str) -> list[Variant]:
         for dtype in logits
         for variant in (
             our_variant(spec, backend, "", "plain", "all rows", logits_dtype=dtype),
-            our_variant(
-                spec,
-                backend,
-                ", half",
-                "half",
-                f"{T // 2} rows of advantage 0: no gradient",
-                multiple=3,
-                logits_dtype=dtype,
-            ),
+            our_variant(spec, backend, ", half", "half", idle, multiple=3, logits_dtype=dtype),
             our_variant(spec, backend, ", frozen head", "plain", "no dW", frozen=True, multiple=4, logits_dtype=dtype),
             *(
                 our_variant(spec, backend, f", chunk {rows}", "plain", work, chunk_tokens=rows, logits_dtype=dtype)

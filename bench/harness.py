@@ -1,10 +1,10 @@
 """What is measured, and how: every variant of a problem on the same tensors, interleaved, so that drift hits all alike.
 
 A round calls each variant once, in an order drawn anew (ORDER_SEED): what stood before a call in every round has moved
-bare matmuls by a tenth on an H100. The figure is the median over rounds, and a ratio is one of two medians of
-the same rounds. CUDA: events around each call, the L2 cache overwritten before it. CPU: perf_counter, a short call
-repeated until a sample lasts MIN_SAMPLE_S. Before any timing the result of each variant that has one is compared with
-the truth. A variant that cannot run says why in the record; nothing is left out in silence.
+bare matmuls by a tenth on an H100. The figure is the median over rounds, and a ratio is one of two medians of the same
+rounds. CUDA: events around each call, the L2 cache overwritten before it. CPU: perf_counter, a short call repeated
+until a sample lasts MIN_SAMPLE_S. Before any timing the result of each variant with a check is compared with the truth.
+A variant that cannot run says why in the record; nothing is left out in silence.
 """
 
 from __future__ import annotations
@@ -79,6 +79,12 @@ class Formula:
 
     def rate(self, seconds: float) -> float:
         return self.amount / seconds / {"TFLOP/s": 1e12, "GB/s": 1e9, "tokens/s": 1.0}[self.unit]
+
+
+def flops(spec: Spec, multiple: int) -> Formula:
+    """Of a head: `multiple` of T*V*D, two for each product that is computed."""
+    T, D, V = spec.shape
+    return Formula(multiple * T * V * D, "TFLOP/s", f"{multiple}*T*V*D")
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.harness import Formula, Spec, Variant
+from bench.harness import Spec, Variant, flops
 from bench.problems import ERROR_LIMITS, HeadProblem, Loss, row_losses, sequences
 
 # (hidden, weight, target) -> logprob (T,), entropy (T,) or None
@@ -270,14 +270,13 @@ def loss_call(peer: Peer, problem: HeadProblem) -> Callable[[], Loss]:
 
 def loss_variants(spec: Spec) -> list[Variant]:
     """Every peer as a variant of linear_scope_loss, forward and backward."""
-    T, D, V = spec.shape
     return [
         Variant(
             peer.name, "peer", prepare=lambda problem, peer=peer: loss_call(peer, problem),
             check=lambda problem, output, peer=peer: problem.errors(output, peer.kind),
             missing=peer.missing(spec), work=peer.work, pip=peer.pip, compiles=peer.compiles,
             limits=ERROR_LIMITS[spec.dtype],
-            formula=Formula(peer.flops * T * V * D, "TFLOP/s", f"{peer.flops}*T*V*D"),
+            formula=flops(spec, peer.flops),
         )
         for peer in PEERS
     ]  # fmt: skip
