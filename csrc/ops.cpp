@@ -10,6 +10,10 @@ TORCH_LIBRARY(scope_fast_native, m) {
       "Tensor rows, float[] options, str logits_dtype, int chunk_tokens, bool need_dhidden, bool need_dweight, "
       "bool need_dbias) -> (Tensor loss, Tensor metrics, Tensor dhidden, Tensor dweight, Tensor dbias)");
   m.def(
+      "scope_loss(Tensor logprob, Tensor? entropy, Tensor segment, Tensor loss_weight, Tensor? old_logprob, "
+      "Tensor? advantage, Tensor? ref_logprob, Tensor? rollout_logprob, float[] options) "
+      "-> (Tensor loss, Tensor metrics, Tensor g, Tensor h)");
+  m.def(
       "linear_logprob(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? temperature, float scale, "
       "str logits_dtype, int chunk_tokens) -> (Tensor logprob, Tensor entropy, Tensor logsumexp, Tensor state)");
   m.def(

@@ -1,6 +1,7 @@
 """scope_loss: one elementwise kernel, a row per lane, and the fold of its block sums.
 
-Reads at most 8 values and writes 2 (g, h) per row: 37 bytes, bound by memory and, below a million rows, by launches.
+Reads at most 8 values a row and writes g, and h where there is an entropy: 29 to 37 bytes, bound by memory and, below a
+million rows, by launches.
 """
 
 import torch
@@ -26,7 +27,8 @@ def _scope_loss_kernel(logprob, entropy, streams, o, g_out, h_out, table, num_ro
         logp, h_row, at, mask, streams, o
     )
     tl.store(g_out + at, g, mask=mask)
-    tl.store(h_out + at, h, mask=mask)
+    if h_out is not None:
+        tl.store(h_out + at, h, mask=mask)
 
     columns = tl.num_programs(0)
     column = table + tl.program_id(0)
@@ -44,16 +46,20 @@ def _scope_loss_kernel(logprob, entropy, streams, o, g_out, h_out, table, num_ro
 def scope_loss(
     logprob: torch.Tensor, entropy: torch.Tensor | None, rows, options
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(loss, metrics (9,), g (T,), h (T,)) in float32; rows: ops.reference.Rows, options: ops.options.RowOptions."""
+    """(loss, metrics (9,), g (T,), h (T,)) in float32; rows: ops.reference.Rows, options: ops.options.RowOptions.
+
+    Without an entropy h has shape (0,).
+    """
     require_triton_dtype("logprob", logprob)
     num_rows, device = logprob.shape[0], logprob.device
-    g, h = (torch.empty(num_rows, dtype=torch.float32, device=device) for _ in range(2))
+    g = torch.empty(num_rows, dtype=torch.float32, device=device)
+    h = g.new_empty(0 if entropy is None else num_rows)
     num_blocks = triton.cdiv(num_rows, BLOCK)
     table = torch.empty(NUM_METRICS, num_blocks, dtype=torch.float32, device=device)
     if num_blocks:
         _scope_loss_kernel[(num_blocks,)](
             logprob.contiguous(), None if entropy is None else entropy.contiguous(), kernel_streams(rows),
-            options, g, h, table, num_rows, BLOCK=BLOCK, num_warps=4,
+            options, g, None if entropy is None else h, table, num_rows, BLOCK=BLOCK, num_warps=4,
             enable_fp_fusion=True,
         )  # fmt: skip
     metrics = reduce_table(table)

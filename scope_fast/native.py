@@ -10,6 +10,10 @@ the private kernels those ops call when the backend is "cpu" or "cuda":
         -> (Tensor loss, Tensor metrics, Tensor dhidden, Tensor dweight, Tensor dbias)
         rows: int64, the active rows, always given. options: `ops.options.RowOptions`. metrics: `ops.options.METRICS`.
         chunk_tokens -1: chosen by the kernel. A gradient that is not needed is an empty tensor of shape (0,).
+    scope_loss(Tensor logprob, Tensor? entropy, Tensor segment, Tensor loss_weight, Tensor? old_logprob,
+        Tensor? advantage, Tensor? ref_logprob, Tensor? rollout_logprob, float[] options)
+        -> (Tensor loss, Tensor metrics, Tensor g, Tensor h)
+        h: shape (0,) without an entropy.
     linear_logprob(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? temperature, float scale,
         str logits_dtype, int chunk_tokens) -> (Tensor logprob, Tensor entropy, Tensor logsumexp, Tensor state)
         the row's temperature is temperature[row] where given, else scale. state (2, T): max z, log sum exp(z - max z).

@@ -11,7 +11,7 @@ import torch
 from scope_fast import native
 from scope_fast.ops import dispatch
 
-NAMES = ("linear_scope_loss", "linear_logprob", "linear_logprob_backward", "weight_bucket_copy")
+NAMES = ("linear_scope_loss", "scope_loss", "linear_logprob", "linear_logprob_backward", "weight_bucket_copy")
 built = pytest.mark.skipif(not native.load(), reason=native.MISSING)
 WIDE = re.compile(r"%[yz]mm\d|%k[1-7]\b|\sv[a-z0-9]+ps\s")
 

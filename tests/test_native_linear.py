@@ -14,6 +14,7 @@ import torch
 from opcases import OPTIONS, Place, all_options, assert_no_worse, gradients, make_case, naive_loss, naive_stats
 from test_linear_logprob import check_against_naive as check_logprob
 from test_linear_scope_loss import check_against_naive, run
+from test_scope_loss import check_every_dtype as check_scope_loss
 
 from scope_fast import LossOptions, linear_logprob, linear_scope_loss, native
 
@@ -233,7 +234,7 @@ LIMITS = {
 
 
 def check_here() -> None:
-    """In a subprocess under one of LIMITS: both ops in both dtypes against the float64 truth."""
+    """In a subprocess under one of LIMITS: the ops in both dtypes against the float64 truth."""
     torch.set_num_threads(1)
     case = make_case(T=70, D=33, V=300, bias=True, temperature=True)
     for dtype in FLOATS:
@@ -241,6 +242,8 @@ def check_here() -> None:
             check_against_naive(case, OPTIONS[name], CPU, dtype)
         check_against_naive(case, LossOptions(chunk_tokens=16, logits_dtype="bfloat16"), CPU, torch.float32)
         check_logprob(case, CPU, dtype)
+    for options in OPTIONS.values():
+        check_scope_loss(CPU, options)
     rounded = LossOptions(logits_dtype="bfloat16")
     coarse = case.to(torch.bfloat16)
     loss, _ = linear_scope_loss(coarse.hidden, coarse.weight, case.streams, rounded, bias=coarse.bias, backend="cpu")

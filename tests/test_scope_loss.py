@@ -6,11 +6,11 @@ import pytest
 import torch
 from opcases import METRIC_NAMES, Place, all_options, assert_no_worse, is_active, make_case, naive_row_loss, places
 
-from scope_fast import LossOptions, TokenStreams, linear_logprob, linear_scope_loss, scope_loss
+from scope_fast import LossOptions, TokenStreams, linear_logprob, linear_scope_loss, native, scope_loss
 from scope_fast.ops.options import encode
 from scope_fast.ops.scope_loss import scope_loss_op
 
-on_places = places()
+on_places = places("scope_loss")
 REFERENCE = Place("reference")
 
 
@@ -41,6 +41,10 @@ def grads_of(loss, *leaves):
 @all_options
 @pytest.mark.parametrize("on_policy", [False, True], ids=["", "on_policy"])
 def test_every_option_in_every_dtype(place, options, on_policy):
+    check_every_dtype(place, options, on_policy)
+
+
+def check_every_dtype(place, options, on_policy=False):
     truth_l, truth_h, streams = make_rows(on_policy=on_policy)
     truth, truth_metrics = naive(truth_l, truth_h, streams, options)
     truth_grads = grads_of(truth, truth_l, truth_h)
@@ -167,6 +171,60 @@ def test_deterministic_bit_for_bit(place):
         loss, metrics = scope_loss(logprob, s, LossOptions(entropy_coef=0.1), entropy=entropy, backend=place.backend)
         runs.append([loss, *metrics.values(), *grads_of(loss, logprob, entropy)])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@on_places
+@pytest.mark.parametrize("distance", [-500.0, -30.0, 30.0, 500.0])
+@all_options
+def test_far_from_the_other_policies(place, options, distance):
+    """Log ratios beyond the clamp at 20, and importance weights and KL estimates that overflow float32 before a cap."""
+    logprob, entropy, s = make_rows(40, dtype=place.fine, device=place.device)
+    away = distance * (torch.arange(40, device=place.device) % 3 - 1)  # some the other way, some not at all
+    names = ("old_logprob", "ref_logprob", "rollout_logprob")
+    far = TokenStreams(**vars(s) | {name: getattr(s, name) + away.roll(i) for i, name in enumerate(names)})
+    loss, metrics = scope_loss(logprob, far, options, entropy=entropy, backend=place.backend)
+    exact = [x.detach().double().requires_grad_() for x in (logprob, entropy)]
+    true, true_metrics = scope_loss(exact[0], far, options, entropy=exact[1], backend="reference")
+    close = {"rtol": 1e-4, "atol": 1e-4, "check_dtype": False}
+    torch.testing.assert_close([loss, *metrics.values()], [true, *true_metrics.values()], **close)
+    torch.testing.assert_close(grads_of(loss, logprob, entropy), grads_of(true, *exact), **close)
+
+
+@on_places
+@pytest.mark.parametrize("name", ["logprob", "advantage", "old_logprob", "loss_weight"])
+def test_nan_in_an_active_row_shows(place, name):
+    logprob, entropy, s = make_rows(600, dtype=place.fine, device=place.device)
+    row = (is_active(s, LossOptions()) & (s.segment == 1)).nonzero()[7]
+    with torch.no_grad():
+        (logprob if name == "logprob" else getattr(s, name)).index_fill_(0, row, math.nan)
+    loss, metrics = scope_loss(logprob, s, entropy=entropy, backend=place.backend)
+    assert loss.isnan() and metrics["loss/rl"].isnan() and not metrics["loss/nll"].isnan()
+    assert grads_of(loss, logprob)[0].isnan().nonzero().tolist() == [row.tolist()]
+    assert metrics["policy/ratio_max"].isnan() == (name in ("logprob", "old_logprob"))
+
+
+@on_places
+@pytest.mark.parametrize("given", [False, True], ids=["", "entropy"])
+def test_its_gradient_is_kept_only_where_there_is_an_entropy(place, given):
+    logprob, entropy, s = make_rows(30, dtype=place.fine, device=place.device)
+    *_, g, h = scope_loss_op(
+        logprob, entropy if given else None, s.segment, s.loss_weight, s.old_logprob, s.advantage, s.ref_logprob,
+        s.rollout_logprob, encode(LossOptions()), place.backend,
+    )  # fmt: skip
+    assert g.shape == (30,) and h.shape == ((30,) if given else (0,))
+
+
+@pytest.mark.skipif(not native.has("scope_loss", "cpu"), reason="no C++ kernel in this build")
+@pytest.mark.parametrize("T", [511, 512, 513, 9000, 100_000])
+def test_cpu_threads_change_no_bit(T):
+    logprob, entropy, s = make_rows(T, dtype=torch.float32, V=8)
+    before, runs = torch.get_num_threads(), []
+    for num_threads in (1, 2, 5):
+        torch.set_num_threads(num_threads)
+        loss, metrics = scope_loss(logprob, s, LossOptions(entropy_coef=0.1), entropy=entropy, backend="cpu")
+        runs.append([loss, *metrics.values(), *grads_of(loss, logprob, entropy)])
+    torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
 
 
 @all_options

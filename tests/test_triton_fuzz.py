@@ -104,7 +104,7 @@ def test_fuzz_linear_logprob(place, case, dtype, logits_dtype, chunk_tokens):
         close_to(a, b, dtype)
 
 
-@places(reference=False)
+@places("scope_loss", reference=False)
 @given(case=cases(), options=loss_options())
 @fuzzed
 def test_fuzz_scope_loss(place, case, options):

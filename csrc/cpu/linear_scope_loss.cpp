@@ -1,38 +1,37 @@
 // linear_scope_loss on CPU: one pass at 6*T*V*D flops. Per chunk of active rows: logits and softmax statistics, the row
 // losses in double, then dlogits, dX and dW block by block while a block's dlogits are in cache. Replaces (T, V) logits,
 // their log-softmax and their gradient by one chunk of logits; chunk_tokens=0 keeps not even those, at 8*T*V*D flops.
-#include <ATen/ops/empty.h>
-#include <ATen/ops/full.h>
 #include <ATen/ops/index_select.h>
 #include <torch/library.h>
 
 #include "cpu/entry.h"
 #include "cpu/passes.h"
-#include "cpu/row_terms.h"
+#include "cpu/row_losses.h"
 
 namespace scope_fast {
 namespace {
 
 using OptionalTensor = std::optional<Tensor>;
+using Options = RowOptions<double>;
 
 // The streams of the active rows as doubles.
 struct ActiveStreams {
   Tensor target, segment, weight, old_logprob, advantage, ref_logprob, rollout_logprob, temperature;
   Present has;
 
-  Row row(int64_t i) const {
-    return {segment.const_data_ptr<uint8_t>()[i], at(weight, i),      at(old_logprob, i),
-            at(advantage, i),                     at(ref_logprob, i), at(rollout_logprob, i)};
+  Row<double> row(int64_t i) const {
+    return {static_cast<double>(segment.const_data_ptr<uint8_t>()[i]), at(weight, i), at(old_logprob, i),
+            at(advantage, i), at(ref_logprob, i), at(rollout_logprob, i)};
   }
   // the stream's, else the options' on RL rows and 1 on NLL rows; 1 on a row that is ignored
-  double temperature_of(int64_t i, const RowOptions& o) const {
+  double temperature_of(int64_t i, const Options& o) const {
     const int kind = segment.const_data_ptr<uint8_t>()[i];
     if (kind == ignore) return 1.0;
     return temperature.defined() ? at(temperature, i) : kind == rl ? o.temperature : 1.0;
   }
 
  private:
-  static double at(const Tensor& stream, int64_t i) { return stream.defined() ? stream.const_data_ptr<double>()[i] : kNan; }
+  static double at(const Tensor& stream, int64_t i) { return stream.defined() ? stream.const_data_ptr<double>()[i] : 0.0; }
 };
 
 Tensor take(const OptionalTensor& stream, const Tensor& rows) {
@@ -48,17 +47,17 @@ int64_t kept_tokens(int64_t row_bytes, bool fast) {
 
 template <class Acc>
 void row_losses(
-    const ActiveStreams& streams, int64_t first, int64_t count, const RowOptions& o, TokenValues<Acc>& values, Metrics& sums) {
+    const ActiveStreams& streams, int64_t first, int64_t count, const Options& o, TokenValues<Acc>& values, Metrics& sums) {
   for (int64_t c = 0; c < count; ++c) {
-    const RowTerms terms = row_terms(values.logprob[c], values.entropy[c], streams.row(first + c), streams.has, o);
-    add_metrics(sums, terms.metrics);
+    const auto terms = row_terms<double>(values.logprob[c], values.entropy[c], streams.row(first + c), streams.has, o);
+    add_metrics(sums.data(), terms.metrics);
     values.set_gradient(c, terms.g, terms.h, 0.0);
   }
 }
 
 template <class In, class Op>
 Metrics run(
-    const Operands& x, const ActiveStreams& streams, const Tensor& rows, const RowOptions& o, bool rounded,
+    const Operands& x, const ActiveStreams& streams, const Tensor& rows, const Options& o, bool rounded,
     int64_t chunk_tokens, Needs needs, const Outputs& out) {
   using Acc = typename Head<In, Op>::Acc;
   const Head<In, Op> head(x.weight, x.bias);
@@ -89,9 +88,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_scope_loss(
     const OptionalTensor& ref_logprob, const OptionalTensor& rollout_logprob, const OptionalTensor& temperature,
     const Tensor& rows, at::ArrayRef<double> options, std::string_view logits_dtype, int64_t chunk_tokens,
     bool need_dhidden, bool need_dweight, bool need_dbias) {
-  TORCH_CHECK_VALUE(options.size() == 10, "options has ", options.size(), " values: expected RowOptions' 10");
-  const RowOptions o{options[0], options[1], options[2], options[3], options[4],
-                     options[5], options[6], options[7], options[8], options[9]};
+  const Options o = row_options<double>(options);
   const Tensor index = rows.contiguous();
   const ActiveStreams streams{
       at::index_select(target, 0, index), at::index_select(segment, 0, index), take(loss_weight, index),
@@ -105,11 +102,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_scope_loss(
         operands, streams, index, o, is_rounded(hidden, logits_dtype), chunk_tokens, needs, out);
   });
   const auto dtype = hidden.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  Tensor metrics = at::empty({num_metrics}, at::kDouble);
-  std::copy(sums.begin(), sums.end(), metrics.mutable_data_ptr<double>());
-  // through a tensor: a Scalar refuses a value that overflows float, and an overflowing loss must be infinite, not an error
-  const Tensor loss = at::full({}, sums[loss_rl] + sums[loss_nll], at::kDouble).to(dtype);
-  return {loss, metrics.to(dtype), out.dhidden(operands), out.dweight(operands), out.dbias};
+  const auto [loss, metrics] = loss_and_metrics(sums, dtype);
+  return {loss, metrics, out.dhidden(operands), out.dweight(operands), out.dbias};
 }
 
 TORCH_LIBRARY_IMPL(scope_fast_native, CPU, m) { m.impl("linear_scope_loss", &linear_scope_loss); }

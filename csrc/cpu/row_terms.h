@@ -1,138 +1,184 @@
-// What a loss asks of one row: its loss by component, its two gradient scalars, its metrics. The scalar twin, in double,
-// of row_terms in scope_fast/ops/reference.py; the formulas are those of batch.LossOptions' documentation.
+// What a loss asks of one row: its loss by component, its two gradient scalars, its metrics. The twin of row_terms in
+// scope_fast/ops/reference.py; the formulas are those of batch.LossOptions' documentation.
+//
+// Everything is a template over V: one row, as a double (linear_scope_loss), or a vector of them (scope_loss). No branch
+// depends on a row's values: each lane computes what any of them needs, and what does not apply is masked at the end.
 #pragma once
 
-#include <algorithm>
-#include <array>
 #include <cmath>
 #include <cstdint>
 #include <limits>
-#include <utility>
+#include <type_traits>
+
+#include "cpu/vec.h"
 
 namespace scope_fast {
 
-constexpr double kLogRatioClamp = 20.0;  // exp(20) = 5e8: far beyond any clip
-constexpr double kShapedGamma = 0.1;     // LUFFY's p / (p + gamma)
-constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+constexpr float kLogRatioClamp = 20.0f;  // exp(20) = 5e8: far beyond any clip
+constexpr float kMaxExponent = 88.0f;    // exp(88) = 1.7e38: what is capped or compared above, in float too
 
 // METRICS of scope_fast/ops/options.py: sums, then maxima (0 over no rows)
 enum Metric { loss_rl, loss_nll, rows, entropy_sum, kl_sum, clipped_rows, gap_sum, ratio_max, gap_max, num_metrics };
 constexpr int kNumSums = 7;
-using Metrics = std::array<double, num_metrics>;
+
+constexpr int ignore = 0, rl = 1, nll = 2;  // batch.Segment
+
+template <class V>
+struct ElementOf {
+  using type = std::remove_cvref_t<decltype(V{}[0])>;
+};
+template <>
+struct ElementOf<double> {
+  using type = double;
+};
+template <class V>
+using Element = typename ElementOf<V>::type;
+template <class V>
+using Mask = decltype(V{} < V{});
 
 // RowOptions of scope_fast/ops/options.py, in its order
+template <class T>
 struct RowOptions {
-  double clip_low, clip_high, dual_clip, policy_loss, kl, kl_coef, entropy_coef, importance_cap, nll_shape, temperature;
+  T clip_low, clip_high, dual_clip, policy_loss, kl, kl_coef, entropy_coef, importance_cap, nll_shape, temperature;
 };
 
-enum Segment : int { ignore = 0, rl = 1, nll = 2 };
-
-// The streams of one row; an absent stream is false in `Present` and its value is not read.
+// The streams of a row; an absent stream is false in `Present` and its value is not read.
+template <class V>
 struct Row {
-  int segment;
-  double weight, old_logprob, advantage, ref_logprob, rollout_logprob;
+  V segment, weight, old_logprob, advantage, ref_logprob, rollout_logprob;
 };
 struct Present {
   bool old_logprob, advantage, rollout_logprob;
 };
 
+template <class V>
 struct RowTerms {
-  double g = 0, h = 0;  // dloss/dlogprob, dloss/dentropy
-  Metrics metrics{};
+  V g, h;  // dloss/dlogprob, dloss/dentropy
+  V metrics[num_metrics];
 };
 
 // NaN stays NaN: a missing value must show
-inline double bounded(double x, double low, double high) { return x < low ? low : x > high ? high : x; }
+template <class V>
+SCOPE_FAST_INLINE V bounded(V x, Element<V> low, Element<V> high) {
+  return x < low ? V{} + low : x > high ? V{} + high : x;
+}
 
+template <class V>
+SCOPE_FAST_INLINE V absolute(V x) {
+  return x < 0 ? -x : x;
+}
+
+template <class V>
+SCOPE_FAST_INLINE V exponential(V x) {
+  if constexpr (std::is_floating_point_v<V>) {
+    return std::exp(x);
+  } else {
+    return exp_of<sizeof(V)>(x > kMaxExponent ? V{} + kMaxExponent : x);
+  }
+}
+
+template <class V>
 struct PolicyTerms {
-  double loss, slope, log_ratio;
-  bool clipped;
+  V loss, slope, log_ratio, ratio;
+  Mask<V> clipped;
 };
 
-inline PolicyTerms policy_terms(double difference, double logprob, double A, double weight, const RowOptions& o) {
-  const double log_ratio = bounded(difference, -kLogRatioClamp, kLogRatioClamp);
-  const double ratio = std::exp(log_ratio);
-  const double within = bounded(ratio, 1 - o.clip_low, 1 + o.clip_high);
+template <class V>
+SCOPE_FAST_INLINE PolicyTerms<V> policy_terms(V difference, V logprob, V A, V weight, const RowOptions<Element<V>>& o) {
+  const V log_ratio = bounded(difference, -kLogRatioClamp, kLogRatioClamp);
+  const V ratio = exponential(log_ratio);
+  const V within = bounded(ratio, 1 - o.clip_low, 1 + o.clip_high);
   if (o.policy_loss != 0) {
-    return {-weight * within * A * logprob, -weight * within * A, log_ratio, within != ratio};
+    return {-weight * within * A * logprob, -weight * within * A, log_ratio, ratio, within != ratio};
   }
-  double objective = ratio * A;
-  bool clipped = within * A < objective;
-  if (clipped) objective = within * A;
-  if (o.dual_clip != 0 && A < 0 && o.dual_clip * A > objective) {
-    objective = o.dual_clip * A;
-    clipped = true;
+  V objective = ratio * A;
+  Mask<V> clipped = within * A < objective;
+  objective = clipped ? within * A : objective;
+  if (o.dual_clip != 0) {
+    const Mask<V> floored = A < 0 && o.dual_clip * A > objective;
+    objective = floored ? o.dual_clip * A : objective;
+    clipped = clipped || floored;
   }
-  const bool flows = !clipped && std::abs(difference) <= kLogRatioClamp;
-  const double slope = std::isnan(objective) ? objective : flows ? ratio * A : 0.0;
-  return {-weight * objective, -weight * slope, log_ratio, clipped};
+  const Mask<V> flows = !clipped && absolute(difference) <= kLogRatioClamp;
+  const V slope = objective != objective ? objective : flows ? ratio * A : V{};
+  return {-weight * objective, -weight * slope, log_ratio, ratio, clipped};
 }
 
-// {estimate of KL(policy || reference), its slope in logprob}
-inline std::pair<double, double> kl_terms(double difference, int kl) {
-  if (kl == 1) return {difference, 1.0};
+template <class V>
+struct ValueAndSlope {
+  V value, slope;  // slope: in logprob
+};
+
+// an estimate of KL(policy || reference)
+template <class V>
+SCOPE_FAST_INLINE ValueAndSlope<V> kl_terms(V difference, int kl) {
+  if (kl == 1) return {difference, V{} + 1};
   if (kl == 2) return {difference * difference / 2, difference};
-  const double c = bounded(-difference, -kLogRatioClamp, kLogRatioClamp);
-  const double slope = std::abs(difference) <= kLogRatioClamp ? 1 - std::exp(c) : 0.0;
-  return {std::exp(c) - c - 1, slope};
+  const V c = bounded(-difference, -kLogRatioClamp, kLogRatioClamp);
+  const V e = exponential(c);
+  return {e - c - 1, absolute(difference) <= kLogRatioClamp ? 1 - e : V{}};
 }
 
-// {loss, its slope in logprob}
-inline std::pair<double, double> nll_terms(double logprob, double entropy, double weight, int shape) {
+template <class V>
+SCOPE_FAST_INLINE ValueAndSlope<V> nll_terms(V logprob, V entropy, V weight, int shape) {
+  constexpr Element<V> gamma = 0.1;  // LUFFY's p / (p + gamma)
   if (shape == 1) {
-    const double p = std::exp(logprob), q = p + kShapedGamma;
-    return {-weight * p / q, -weight * kShapedGamma * p / (q * q)};
+    const V p = exponential(logprob), q = p + gamma;
+    return {-weight * p / q, -weight * gamma * p / (q * q)};
   }
-  if (shape == 2) weight *= std::exp(-entropy);
+  if (shape == 2) weight *= exponential(-entropy);
   return {-weight * logprob, -weight};
 }
 
-inline RowTerms rl_terms(double logprob, double entropy, const Row& row, const Present& has, const RowOptions& o) {
-  const double old = has.old_logprob ? row.old_logprob : logprob;
-  const double difference = has.old_logprob ? logprob - old : 0.0;
-  const double gap = has.rollout_logprob ? logprob - row.rollout_logprob : 0.0;
-  double weight = row.weight;
+template <class V>
+SCOPE_FAST_INLINE RowTerms<V> row_terms(
+    V logprob, V entropy, const Row<V>& row, const Present& has, const RowOptions<Element<V>>& o) {
+  const V zero{};
+  const Mask<V> weighted = row.weight != 0;
+  Mask<V> is_rl = row.segment == rl && weighted;
+  if (has.advantage && o.kl == 0 && o.entropy_coef == 0) is_rl = is_rl && row.advantage != 0;
+  const Mask<V> is_nll = row.segment == nll && weighted;
+
+  const V old = has.old_logprob ? row.old_logprob : logprob;
+  const V difference = has.old_logprob ? logprob - old : zero;
+  V weight = row.weight;
   if (o.importance_cap != 0) {
-    const double rho = has.rollout_logprob ? std::exp(old - row.rollout_logprob) : 1.0;
-    weight *= bounded(rho, 0.0, o.importance_cap);
+    weight *= bounded(has.rollout_logprob ? exponential(old - row.rollout_logprob) : zero + 1, 0, o.importance_cap);
   }
-  const PolicyTerms policy = policy_terms(difference, logprob, has.advantage ? row.advantage : kNan, weight, o);
-  RowTerms terms;
-  double loss = policy.loss;
-  terms.g = policy.slope;
+  const V advantage = has.advantage ? row.advantage : zero + std::numeric_limits<Element<V>>::quiet_NaN();
+  const PolicyTerms<V> policy = policy_terms(difference, logprob, advantage, weight, o);
+  V loss = policy.loss, g = policy.slope, h = zero;
   if (o.kl != 0) {
-    const auto [value, slope] = kl_terms(logprob - row.ref_logprob, static_cast<int>(o.kl));
-    loss += row.weight * o.kl_coef * value;
-    terms.g += row.weight * o.kl_coef * slope;
+    const auto kl = kl_terms(logprob - row.ref_logprob, static_cast<int>(o.kl));
+    loss += row.weight * o.kl_coef * kl.value;
+    g += row.weight * o.kl_coef * kl.slope;
   }
   if (o.entropy_coef != 0) {
     loss -= row.weight * o.entropy_coef * entropy;
-    terms.h = -row.weight * o.entropy_coef;
+    h = -row.weight * o.entropy_coef;
   }
-  const double old_kl = std::exp(-policy.log_ratio) - 1 + policy.log_ratio;
-  terms.metrics = {loss,          0.0, 1.0, entropy, old_kl, policy.clipped ? 1.0 : 0.0, std::abs(gap),
-                   std::exp(policy.log_ratio), std::abs(gap)};
+  const V gap = has.rollout_logprob ? absolute(logprob - row.rollout_logprob) : zero;
+  const auto likelihood = nll_terms(logprob, entropy, row.weight, static_cast<int>(o.nll_shape));
+
+  RowTerms<V> terms;
+  terms.g = is_rl ? g : is_nll ? likelihood.slope : zero;
+  terms.h = is_rl ? h : zero;
+  terms.metrics[loss_rl] = is_rl ? loss : zero;
+  terms.metrics[loss_nll] = is_nll ? likelihood.value : zero;
+  terms.metrics[rows] = is_rl ? zero + 1 : zero;
+  terms.metrics[entropy_sum] = is_rl ? entropy : zero;
+  terms.metrics[kl_sum] = is_rl ? 1 / policy.ratio - 1 + policy.log_ratio : zero;
+  terms.metrics[clipped_rows] = is_rl && policy.clipped ? zero + 1 : zero;
+  terms.metrics[gap_sum] = terms.metrics[gap_max] = is_rl ? gap : zero;
+  terms.metrics[ratio_max] = is_rl ? policy.ratio : zero;
   return terms;
 }
 
-inline RowTerms row_terms(double logprob, double entropy, const Row& row, const Present& has, const RowOptions& o) {
-  RowTerms terms;
-  const bool weighted = row.weight != 0;
-  const bool flows = !has.advantage || row.advantage != 0 || o.kl != 0 || o.entropy_coef != 0;
-  if (row.segment == rl && weighted && flows) return rl_terms(logprob, entropy, row, has, o);
-  if (row.segment == nll && weighted) {
-    const auto [loss, slope] = nll_terms(logprob, entropy, row.weight, static_cast<int>(o.nll_shape));
-    terms.g = slope;
-    terms.metrics[loss_nll] = loss;
-  }
-  return terms;
-}
-
-inline void add_metrics(Metrics& total, const Metrics& row) {
-  for (int i = 0; i < kNumSums; ++i) total[i] += row[i];
-  for (int i = kNumSums; i < num_metrics; ++i) {
-    if (row[i] > total[i] || std::isnan(row[i])) total[i] = row[i];  // a NaN in the total stays
-  }
+// metrics of more rows, lane by lane; a NaN stays
+template <class V>
+SCOPE_FAST_INLINE void add_metrics(V* total, const V* more) {
+  for (int i = 0; i < kNumSums; ++i) total[i] += more[i];
+  for (int i = kNumSums; i < num_metrics; ++i) total[i] = more[i] > total[i] || more[i] != more[i] ? more[i] : total[i];
 }
 
 }  // namespace scope_fast

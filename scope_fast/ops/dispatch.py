@@ -28,7 +28,7 @@ AUTO = ""  # the schema's word for backend=None
 _NATIVE = {
     "linear_logprob": {"cpu": ("linear_logprob", "linear_logprob_backward")},
     "linear_scope_loss": {"cpu": ("linear_scope_loss",)},
-    "scope_loss": {"cpu": ()},
+    "scope_loss": {"cpu": ("scope_loss",)},
     "step_pool": {"cpu": (), "cuda": ("step_pool",)},
     "step_pool_mlp": {"cpu": ()},  # the head with a hidden layer is a matmul: Triton's, not csrc/cuda's
     "weight_bucket": {"cpu": ("weight_bucket_copy",), "cuda": ("weight_bucket_copy",)},

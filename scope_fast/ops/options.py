@@ -1,6 +1,6 @@
 """LossOptions as a flat list of floats, and the names of the metric vector: what crosses the op boundary.
 
-A custom op takes plain values. One list keeps the eleven options out of every signature below the public function, and
+A custom op takes plain values. One list keeps the ten numbers out of every signature below the public function, and
 a kernel reads them as run-time scalars: changing an option recompiles nothing.
 """
 

@@ -176,12 +176,11 @@ def reduce_metrics(metrics: torch.Tensor) -> torch.Tensor:
 def scope_loss(
     logprob: torch.Tensor, entropy: torch.Tensor | None, rows: Rows, o: RowOptions
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Loss, metrics (9,), g (T,), h (T,) from logprob (T,) and entropy (T,)."""
+    """Loss, metrics (9,), g (T,), h (T,) from logprob (T,) and entropy (T,); h is (0,) without an entropy."""
     logprob = logprob.to(compute_dtype(logprob.dtype))
-    entropy = torch.zeros_like(logprob) if entropy is None else entropy.to(logprob.dtype)
-    terms = row_terms(logprob, entropy, rows, o)
+    terms = row_terms(logprob, torch.zeros_like(logprob) if entropy is None else entropy.to(logprob.dtype), rows, o)
     metrics = reduce_metrics(terms.metrics)
-    return metrics[0] + metrics[1], metrics, terms.g, terms.h
+    return metrics[0] + metrics[1], metrics, terms.g, logprob.new_empty(0) if entropy is None else terms.h
 
 
 class RowStats(NamedTuple):
