@@ -6,11 +6,13 @@ Tensors of the model never pass through here; sharding.py and the weight sync mo
 
 from __future__ import annotations
 
+import atexit
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -59,6 +61,20 @@ def process_group(timeout_s: float) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def leave(status: int) -> NoReturn:
+    """Ends this process as `sys.exit` would, without the interpreter's shutdown: what one of several ranks does.
+
+    A gloo thread may still hold the last collective's tensor, and letting go of it takes the interpreter's lock: during
+    a shutdown that ends the thread, and the process with it, by abort() (torch 2.13, ProcessGroupGloo::runLoop; a
+    barrier before destroy_process_group does not help, as a mesh keeps those threads). torchrun would take a rank that
+    ends so for a failure, and stop the others, rank 0 and its report among them.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def rank() -> int:

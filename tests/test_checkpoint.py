@@ -316,8 +316,7 @@ SHARDED = """
 import sys, torch, torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
-from fixtures.ranks import leave
-from scope_fast import checkpoint
+from scope_fast import checkpoint, distributed
 from test_checkpoint import assert_equal, tiny_model, word_tokenizer
 
 dist.init_process_group("gloo")
@@ -357,7 +356,7 @@ full = {name: p.full_tensor() for name, p in model.named_parameters()}
 if rank == 0:
     torch.save(full, folder + "/full.pt")
 dist.destroy_process_group()
-leave()
+distributed.leave(0)
 """
 
 

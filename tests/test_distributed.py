@@ -76,6 +76,15 @@ def after_step_one(finished: Path, copy: Path) -> Path:
     return copy
 
 
+def test_a_rank_leaves_with_its_status_and_all_it_said():
+    code = (
+        "import atexit, sys; from scope_fast import distributed; atexit.register(print, 'cleaned up');"
+        "print('said'); sys.stderr.write('and warned'); distributed.leave(3)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=ENV, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "said\ncleaned up\n", "and warned")
+
+
 @pytest.mark.parametrize(
     ("visible", "world", "left"),
     [(None, "4", "2"), ("4,5,6,7", "4", "6"), ("GPU-a", "4", "GPU-a"), ("", "4", ""), (None, "1", None)],

@@ -4,11 +4,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from fixtures.ranks import leave
 from opcases import Case, make_case
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
-from scope_fast import LossOptions, TokenStreams, linear_logprob, linear_scope_loss
+from scope_fast import LossOptions, TokenStreams, distributed, linear_logprob, linear_scope_loss
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 T, RANKS = 12, 2
@@ -43,7 +42,7 @@ def run_rank(rank: int, meeting_point: str) -> None:
     torch.testing.assert_close(hidden.grad, dhidden[rows])
     torch.testing.assert_close(weight.grad.full_tensor(), dweight)
     dist.destroy_process_group()
-    leave()
+    distributed.leave(0)
 
 
 def test_gradient_is_the_sum_over_ranks(tmp_path):
