@@ -169,7 +169,7 @@ def make_trainer(problem: Completions, ours: bool, loss_type: str = "dapo") -> A
     from datasets import Dataset
     from transformers import AutoTokenizer
 
-    from scope_fast.config import PRESETS
+    from scope_fast.config_files import PRESETS
 
     base = trl.GRPOTrainer
     if ours:

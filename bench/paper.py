@@ -27,7 +27,7 @@ from rich.console import Console
 from bench import paper_plots, paper_stats
 from bench.environment import environment
 from bench.paper_stats import SPLITS, START
-from scope_fast.config import load
+from scope_fast.config_files import load
 from scope_fast.suite import dotted
 
 ROOT = Path(__file__).parent.parent

@@ -29,7 +29,9 @@ from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
 from scope_fast import checkpoint, diversity, warm_start
-from scope_fast.config import Config, load, overrides
+from scope_fast.build import engine_options, load_student, role_folder
+from scope_fast.config import Config
+from scope_fast.config_files import load, overrides
 from scope_fast.data import Encoder, GymTasks, Table, check_answers, usable
 from scope_fast.prm.load import make_scorer
 from scope_fast.prm.scorers import ExactScorer, StepScorer
@@ -44,7 +46,6 @@ from scope_fast.scorecard import Result, average, score_benchmark, tables
 from scope_fast.sources import read_rows
 from scope_fast.suite import Suite, dotted, is_of_a_benchmark, load_suite
 from scope_fast.tasks import GENERATORS, TASKS
-from scope_fast.train import engine_options, load_student, role_folder
 from scope_fast.verifier import Verifier
 
 USAGE = "python -m scope_fast.evaluate MODEL_OR_RUN [options] [--dotted.key value ...]"

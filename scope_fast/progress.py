@@ -18,6 +18,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+console = Console(highlight=False, soft_wrap=True)  # of a run; a path is not broken in the middle
 HEADER_EVERY = 25  # lines, so that a header is always in sight
 
 

@@ -20,7 +20,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from scope_fast.config import Data, find
+from scope_fast.config import Data
+from scope_fast.config_files import find
 
 SUFFIXES = (".jsonl", ".parquet", ".json", ".csv")
 
@@ -89,7 +90,7 @@ def _from_folder(suite: Suite, folder: Path) -> Suite:
 
 
 def dotted(sections: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested sections as (dotted key, YAML value) pairs, the form `config.load` takes."""
+    """Nested sections as (dotted key, YAML value) pairs, the form `config_files.load` takes."""
     pairs = []
     for key, value in sections.items():
         if isinstance(value, dict):

@@ -13,60 +13,32 @@ full disk, updates that keep failing, an error in a step) or a replay differs; 2
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 import traceback
 from collections.abc import Callable
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from pathlib import Path
 
-import torch
-from rich.console import Console
 from torch.distributed.elastic.multiprocessing.errors import record
 from transformers.utils.logging import disable_progress_bar
 
-from scope_fast import attention, checkpoint, convert_gguf, distributed, health, plan, replay, sharding, warm_start
-from scope_fast.config import Config, load, overrides, to_yaml
-from scope_fast.data import PromptSource
-from scope_fast.files import WriteFailed, sync, write_whole, writing
+from scope_fast import checkpoint, distributed, health, plan, replay
+from scope_fast.build import build, load_student, make_learner, role_folder
+from scope_fast.config import Config
+from scope_fast.config_files import load, overrides, to_yaml
+from scope_fast.files import WriteFailed, sync, writing
 from scope_fast.interrupt import Interrupt
-from scope_fast.learner import Learner
-from scope_fast.loading import loading
-from scope_fast.metrics import MetricsWriter, RolloutLog
-from scope_fast.prm.load import make_scorer
-from scope_fast.progress import progress_bars
+from scope_fast.metrics import MetricsWriter
+from scope_fast.progress import console, progress_bars
 from scope_fast.report import write_report
-from scope_fast.rollout import make_engine
-from scope_fast.rollout.base import EngineOptions
+from scope_fast.resume import claim, finished, forget_last
 from scope_fast.tasks import check_name
-from scope_fast.teacher import ModelTeacher, SolverTeacher, Teacher, check_shared_tokenizer
-from scope_fast.teacher_endpoint import EndpointTeacher
 from scope_fast.trainer import Trainer
-from scope_fast.verifier import Verifier
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 USAGE = (
     "python -m scope_fast.train [CONFIG.yaml] [--dotted.key value ...] [--resume auto|never|DIR] [--dry-run]\n"
     "       python -m scope_fast.train --replay RUN/rollouts.jsonl[:STEP] [--dotted.key value ...]"
 )
-MAY_CHANGE = frozenset(  # between the parts of a resumed run: what places and paces the work, and no formula
-    {"steps", "out", "cache", "checkpoint", "logging", "distributed"}
-    | {f"learner.{name}" for name in ("token_budget", "max_skipped_updates", "activation_checkpointing", "attention")}
-    | {f"learner.{name}" for name in ("liger", "shard_size", "cpu_offload", "peak_tflops")}
-    | {f"rollout.{name}" for name in ("engine", "server_url", "server_gpus", "server_workers", "transfer")}
-    | {f"rollout.{name}" for name in ("transfer_address", "max_num_seqs", "kv_cache_gib", "sleep_level", "num_threads")}
-    | {f"rollout.{name}" for name in ("sync_timeout_s", "start_timeout_s", "generate_timeout_s")}
-    | {"rollout.gpu_memory_utilization"}
-    | {"verifier.workers", "verifier.timeout_s", "prm.token_budget", "prm.gpu_memory_utilization"}
-    | {f"teacher.{name}" for name in ("engine", "gpu_memory_utilization", "timeout_s")}
-    | {f"teacher.endpoint.{name}" for name in ("url", "key_variable", "concurrency", "request_timeout_s", "retries")}
-    | {f"teacher.endpoint.{name}" for name in ("backoff_s", "max_requests", "max_total_tokens", "cache")}
-)
-QUIET_CHANGES = frozenset({"steps", "out", "checkpoint", "logging"})  # the others are told: they may change roundings
-MODELLESS = (("prm", "exact"), ("teacher", "solver"), ("teacher", "endpoint"))  # roles and their kinds
-LAST = ("export", "report.html")  # what is made after the last step, in this order
-
-console = Console(highlight=False, soft_wrap=True)  # a path is not broken in the middle
 
 
 @record  # under torchrun the reason of the rank that failed first goes on top
@@ -163,205 +135,6 @@ def parse(argv: list[str] | None) -> tuple[Config, str, bool, replay.Source | No
     return config, known.resume, known.dry_run, None
 
 
-def claim(config: Config, resume: str) -> Path | None:
-    """Takes the run directory, and returns the checkpoint to go on from, if any.
-
-    Raises ValueError if a run of another configuration began there, or any at all with `--resume never`. What only
-    places and paces the work may change between the parts of a run (MAY_CHANGE), and `steps`, unless the learning
-    rate's schedule depends on it.
-    """
-    refusal = None
-    if distributed.is_main():
-        try:
-            _claim_folder(config, resume)
-        except (ValueError, WriteFailed) as error:
-            refusal = type(error), str(error)
-    if refusal := distributed.agree(refusal):
-        raise refusal[0](refusal[1])
-    return checkpoint.latest(config.run_dir)
-
-
-def _claim_folder(config: Config, resume: str) -> None:
-    folder = config.run_dir
-    with writing("the run directory", folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    stored = folder / "config.yaml"
-    if stored.exists() and (folder / "metrics.jsonl").exists():
-        if resume == "never":
-            raise ValueError(f"out: {folder} already holds a run; choose another directory or --resume auto")
-        free = MAY_CHANGE if config.learner.schedule == "constant" else MAY_CHANGE - {"steps"}
-        old, new = load(stored).model_dump(), config.model_dump()
-        if different := _differences(old, new, free):
-            raise ValueError(f"out: {folder} holds a run of another configuration ({', '.join(different)} differ)")
-        if changed := _differences(old, new, QUIET_CHANGES):
-            console.print(f"{folder} goes on with other values of {', '.join(changed)}", markup=False)
-    text = to_yaml(config)
-    if not stored.exists() or stored.read_text(encoding="utf-8") != text:
-        write_whole(stored, text, "the configuration")
-
-
-def finished(config: Config, start: Path | None) -> bool:
-    """Whether nothing of the run is left to do: its last step is saved, and what follows the last step is there."""
-    whole = start is not None and checkpoint.step_of(start) >= config.steps
-    return whole and all((config.run_dir / name).exists() for name in LAST[: 1 + config.logging.report])
-
-
-def _differences(old: dict, new: dict, free: frozenset[str] = frozenset(), prefix: str = "") -> list[str]:
-    found = []
-    for key in (key for key in new if f"{prefix}{key}" not in free):
-        if isinstance(new[key], dict):
-            found += _differences(old[key], new[key], free, prefix=f"{prefix}{key}.")
-        elif old[key] != new[key]:
-            found.append(f"{prefix}{key}")
-    return found
-
-
-def build(config: Config, stack: ExitStack) -> Trainer:
-    """All parts of a run, the made ones cached; `stack` closes them. Collective."""
-    ranks = distributed.world_size()
-    if config.rollout.prompts_per_step < ranks:
-        raise ValueError(
-            f"rollout.prompts_per_step={config.rollout.prompts_per_step}: at least one for each of {ranks} ranks"
-        )
-    if config.rollout.server_gpus is not None and ranks > 1:
-        raise ValueError(
-            f"rollout.server_gpus: each of {ranks} ranks would start a server on them; start one and name it as "
-            "rollout.server_url"
-        )
-    disable_progress_bar()  # of transformers' loading: ours is enough
-    folders = None
-    if distributed.is_main():  # the others find what rank 0 made
-        with progress_bars(console) as progress:
-            folders = {role: role_folder(config, role, progress) for role in ("student", "prm", "teacher")}
-    folders = distributed.agree(folders)
-    torch.manual_seed(config.seed + distributed.rank())
-    # what can be wrong with data, verifier and teacher shows before a model is loaded and an engine is up
-    tokenizer = load_tokenizer(folders["student"])
-    data = PromptSource(config, tokenizer)
-    verifier = Verifier(config.verifier.score, config.verifier.workers, config.verifier.timeout_s)
-    stack.enter_context(verifier)
-    teacher = None if folders["teacher"] else make_teacher(config, None, tokenizer, stack)
-    student = load_student(config, folders["student"])
-    engine = stack.enter_context(
-        closing(make_engine(config.rollout.engine, str(folders["student"]), engine_options(config)))
-    )
-    learner = make_learner(config, student)
-    return Trainer(
-        config,
-        tokenizer,
-        data,
-        engine,
-        verifier,
-        make_scorer(config, folders["prm"], tokenizer, stack),
-        teacher or make_teacher(config, folders["teacher"], tokenizer, stack),
-        learner,
-        stack.enter_context(RolloutLog(config.run_dir)),
-    )
-
-
-def make_learner(config: Config, student) -> Learner:
-    """The learner of a run, sharded where there are several ranks."""
-    return Learner(
-        student,
-        config.learner,
-        config.loss.options(config.rollout.temperature),
-        total_steps=config.steps,
-        joint_normalizer=config.loss.nll_normalizer == "joint",
-        backend=config.loss.backend,
-        compute_dtype=DTYPES[config.model.dtype],
-        mesh=(
-            sharding.make_mesh(config.learner.shard_size, config.distributed.timeout_s)
-            if distributed.world_size() > 1
-            else None
-        ),
-    )
-
-
-def role_folder(config: Config, role: str, progress) -> str | None:
-    """The model folder of a role: the configured path, a warm-started one, or None where the role has no model, or the
-    method does not ask it."""
-    section = {"student": config.model, "prm": config.prm, "teacher": config.teacher}[role]
-    asked = {"student": True, "prm": config.scores_steps, "teacher": config.repairs}[role]
-    if not asked or (role, getattr(section, "kind", None)) in MODELLESS:
-        return None
-    if section.path == "tiny":
-        return str(warm_start.ensure(config, role, progress))
-    return str(convert_gguf.ensure(config.cache)) if section.path == convert_gguf.NAME else section.path
-
-
-def load_tokenizer(folder: str):
-    """The student's. ValueError for a folder or hub name that has none, or one without an end-of-sequence token."""
-    from transformers import AutoTokenizer
-
-    with loading("model.path", folder):
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"model.path: the tokenizer of {folder} has no EOS token, which ends every response")
-    return tokenizer
-
-
-def load_student(config: Config, folder: str):
-    """The student's model. ValueError for a folder or hub name that has none."""
-    from transformers import AutoModelForCausalLM
-
-    attend = attention.implementation(DTYPES[config.model.dtype], config.learner.attention)
-    # float32 whatever model.dtype says: a bfloat16 weight would lose an update of 1e-6: the learner casts instead
-    with loading("model.path", folder):
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attend)
-    if config.learner.liger:
-        sharding.use_liger(model)
-    # one of several ranks keeps its shards only: the whole model stays in host memory until they are cut
-    return model if distributed.world_size() > 1 else model.to(distributed.device())
-
-
-def engine_options(config: Config) -> EngineOptions:
-    """What the rollout engine is told."""
-    rollout = config.rollout
-    return EngineOptions(
-        dtype=config.model.dtype,
-        max_model_len=rollout.context,
-        max_num_seqs=min(rollout.max_num_seqs, rollout.prompts_per_step * rollout.group_size),
-        seed=config.seed,
-        num_threads=rollout.num_threads,
-        kv_cache_bytes=int(rollout.kv_cache_gib * 2**30),
-        gpu_memory_utilization=rollout.gpu_memory_utilization,
-        sleep_level=rollout.sleep_level,
-        sync_timeout_s=rollout.sync_timeout_s,
-        start_timeout_s=rollout.start_timeout_s,
-        generate_timeout_s=rollout.generate_timeout_s,
-        server_url=rollout.server_url,
-        server_gpus=None if rollout.server_gpus is None else tuple(rollout.server_gpus),
-        server_workers=rollout.server_workers,
-        transfer=rollout.transfer,
-        transfer_address=rollout.transfer_address,
-    )
-
-
-def make_teacher(config: Config, folder: str | None, tokenizer, stack: ExitStack) -> Teacher:
-    """The teacher `teacher.kind` names; a model samples beside the student's engine. A method that repairs nothing asks
-    none, and gets the one that costs nothing."""
-    settings = config.teacher
-    if settings.kind == "solver" or not config.repairs:
-        return SolverTeacher(settings.styles, settings.keep_style)
-    if settings.kind == "endpoint":
-        endpoint = EndpointTeacher(settings, tokenizer, config.seed)
-        endpoint.check()
-        return endpoint
-    from transformers import AutoTokenizer
-
-    with loading("teacher.path", folder):
-        check_shared_tokenizer(tokenizer, AutoTokenizer.from_pretrained(folder), "teacher.path")
-    options = EngineOptions(
-        dtype=config.model.dtype,
-        max_model_len=config.rollout.context,
-        num_threads=config.rollout.num_threads,
-        kv_cache_bytes=int(config.rollout.kv_cache_gib * 2**30),
-        gpu_memory_utilization=settings.gpu_memory_utilization,
-    )
-    engine = stack.enter_context(closing(make_engine(settings.engine, folder, options)))
-    return ModelTeacher(engine, tokenizer, settings, config.rollout.context, config.seed)
-
-
 def train(trainer: Trainer, start: Path | None, stack: ExitStack, interrupt: Interrupt) -> None:
     """The run: evaluation before, the steps, evaluation after, export and report; or what a checkpoint left of it.
 
@@ -396,15 +169,6 @@ def train(trainer: Trainer, start: Path | None, stack: ExitStack, interrupt: Int
     if config.logging.report and distributed.is_main():
         with writing("the report", out / "report.html"):
             console.print(f"report: {write_report(out)}", markup=False)
-
-
-def forget_last(out: Path) -> None:
-    """Removes what followed the last step of a shorter run: `finished` must not take it for this one's."""
-    if distributed.is_main():
-        with writing("the removal of an older export", out):
-            if (out / "export").exists():
-                shutil.rmtree(out / "export")
-            (out / "report.html").unlink(missing_ok=True)
 
 
 def save(trainer: Trainer) -> None:
@@ -461,4 +225,5 @@ def held_out(trainer: Trainer, when: str) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end = distributed.leave if distributed.under_torchrun() else sys.exit
+    end(main())

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from scope_fast import config as cfg
 from scope_fast.batch import LossOptions, Segment, TrainSequence, bins, pack
+from scope_fast.config_files import load
 from scope_fast.data import encode_prompt
 from scope_fast.learner import hidden_rows
 from scope_fast.losses import linear_scope_loss
@@ -318,7 +319,7 @@ def main(argv: list[str] | None = None) -> int:
     """Makes the quickstart's shipped models anew, in scope_fast/assets."""
     parser = argparse.ArgumentParser("python -m scope_fast.warm_start", description=main.__doc__)
     parser.add_argument("roles", nargs="*", default=["student", "prm"], choices=["student", "prm"])
-    config = cfg.load()
+    config = load()
     with progress_bars() as progress:
         for role in parser.parse_args(argv).roles:
             make(config, role, ASSETS / role, progress)

@@ -5,7 +5,8 @@ from functools import cache
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from scope_fast.config import Config, WarmStart, load
+from scope_fast.config import Config, WarmStart
+from scope_fast.config_files import load
 from scope_fast.scope.trajectory import Prompt, Repair, Trajectory
 
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece's word for it

@@ -6,7 +6,8 @@ from factories import configured
 from pydantic import ValidationError
 
 from scope_fast.batch import LossOptions
-from scope_fast.config import PRESETS, Config, Loss, digest, find, load, to_yaml
+from scope_fast.config import Config, Loss, digest
+from scope_fast.config_files import PRESETS, find, load, to_yaml
 
 
 def refusal(*overrides, path=None):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from scope_fast import convert_gguf
-from scope_fast.config import load, native_dtype
+from scope_fast.config_files import load, native_dtype
 from scope_fast.tasks import get_task
 
 

@@ -13,7 +13,8 @@ from tiny_models import make
 from transformers import AutoModelForCausalLM
 
 from scope_fast import checkpoint, evaluate, warm_start
-from scope_fast.config import Config, load, to_yaml
+from scope_fast.config import Config
+from scope_fast.config_files import load, to_yaml
 from scope_fast.prm import load as prm_load
 from scope_fast.rollout.base import Rollout
 from scope_fast.suite import load_suite

@@ -30,10 +30,11 @@ LEVELS = [
         "loading",
     },
     {"config", "ops", "answers", "checkpoint", "sharding", "health", "interrupt", "flops", "attention"},
-    {"losses", "scope", "rollout", "metrics", "math_answers", "sources", "suite"},
-    {"__init__", "learner", "teacher", "data", "records", "report", "scorecard", "plan"},
+    {"losses", "scope", "rollout", "metrics", "math_answers", "sources", "config_files"},
+    {"__init__", "learner", "teacher", "data", "records", "report", "scorecard", "plan", "suite"},
     {"prm", "sampler"},
     {"trainer", "replay", "warm_start", "integrations", "teacher_endpoint"},
+    {"build", "resume"},
     {"train"},
     {"evaluate"},
 ]

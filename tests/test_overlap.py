@@ -14,7 +14,8 @@ from tiny_models import response_logprobs
 from transformers import AutoTokenizer
 
 from scope_fast import checkpoint, train
-from scope_fast.config import PRESETS
+from scope_fast.build import build
+from scope_fast.config_files import PRESETS
 from scope_fast.data import PromptSource
 from scope_fast.rollout import Rollout, vllm_engine
 from scope_fast.sampler import Sampler
@@ -92,7 +93,7 @@ def test_every_token_is_of_the_version_it_says(tmp_path, monkeypatch):
     config = parse(tmp_path / "run")
     config.run_dir.mkdir()
     with ExitStack() as stack:
-        trainer = train.build(config, stack)
+        trainer = build(config, stack)
         Gate(trainer.engine, monkeypatch)
         weights, metrics = {0: copy.deepcopy(trainer.learner.model)}, []
         for _ in range(STEPS - 2):

@@ -24,12 +24,12 @@ PROBE = """
 import importlib, json, sys
 from pathlib import Path
 import scope_fast
-from scope_fast import config
+from scope_fast import config_files
 kernels = [importlib.import_module("scope_fast.kernels." + name).__file__ for name in sys.argv[1:]]
 print(json.dumps({
     "home": scope_fast.__file__,
     "kernels": kernels,
-    "presets": sorted(path.name for path in config.PRESETS.rglob("*.yaml")),
+    "presets": sorted(path.name for path in config_files.PRESETS.rglob("*.yaml")),
 }))
 """
 

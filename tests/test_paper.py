@@ -10,7 +10,7 @@ import yaml
 from rich.console import Console
 
 from bench import paper, paper_stats
-from scope_fast.config import load
+from scope_fast.config_files import load
 
 SPLITS = {"id": ("a", "b"), "ood": ("c",)}
 

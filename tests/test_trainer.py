@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from scope_fast import train
+from scope_fast.build import build
 from scope_fast.scope.trajectory import Trajectory
 from scope_fast.tasks import score
 from scope_fast.teacher import Reply, SolverTeacher
@@ -24,7 +25,7 @@ def make(stack: ExitStack, folder, **changed: str):
     words = [w for k, v in {**SETTINGS, **changed}.items() for w in (f"--{k.replace('__', '.')}", v)]
     config, *_ = train.parse(["--out", str(folder / "run"), *words])
     config.run_dir.mkdir()
-    return train.build(config, stack)
+    return build(config, stack)
 
 
 @pytest.fixture

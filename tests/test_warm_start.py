@@ -9,21 +9,22 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 
-from scope_fast import config as cfg
 from scope_fast import warm_start
+from scope_fast.config import Config
+from scope_fast.config_files import load
 from scope_fast.tasks import dataset, get_task, slipping
 
 QUIET = lambda what, done, total: None  # noqa: E731
 
 
-def small(tmp_path, **changed) -> cfg.Config:
+def small(tmp_path, **changed) -> Config:
     settings = {"student_steps": "3", "prm_steps": "3", "batch_sequences": "8", **changed}
     overrides = [(f"warm_start.{key}", value) for key, value in settings.items()]
-    return cfg.load(None, [*overrides, ("cache", str(tmp_path))])
+    return load(None, [*overrides, ("cache", str(tmp_path))])
 
 
 def test_the_quickstart_starts_from_the_shipped_models():
-    config = cfg.load()
+    config = load()
     for role in ("student", "prm"):
         assert warm_start.ensure(config, role, QUIET) == warm_start.ASSETS / role
     shipped = [path for role in ("student", "prm") for path in (warm_start.ASSETS / role).glob("*.safetensors")]
@@ -127,7 +128,7 @@ def test_the_reward_model_lets_right_steps_stand_and_finds_wrong_ones():
 def test_the_reward_model_s_labels_in_every_style():
     """A step is right or wrong whatever its style; its tokens are labelled up to where the value goes wrong."""
     tokenizer = AutoTokenizer.from_pretrained(warm_start.ASSETS / "prm")
-    settings = cfg.load(None, [("warm_start.prm_styles", "[swapped, worded]")])
+    settings = load(None, [("warm_start.prm_styles", "[swapped, worded]")])
     seen = set()
     for example in islice(warm_start.examples(settings, 0.3, 4, settings.warm_start.prm_styles), 40):
         labelled = warm_start.label_tokens(tokenizer, example)
@@ -140,14 +141,14 @@ def test_the_reward_model_s_labels_in_every_style():
 
 
 def test_styles_that_change_nothing_leave_the_models_keys():
-    plain, styled = cfg.load(), cfg.load(None, [("warm_start.prm_styles", "[worded]")])
+    plain, styled = load(), load(None, [("warm_start.prm_styles", "[worded]")])
     assert warm_start._key(plain, "prm") != warm_start._key(styled, "prm")
     assert warm_start._key(plain, "student") == warm_start._key(styled, "student")
 
 
 @pytest.mark.parametrize(("role", "key"), [("student", "model"), ("prm", "prm"), ("teacher", "teacher")])
 def test_a_task_without_working_teaches_nobody(role, key, tmp_path):
-    config = cfg.load(None, [("data.tasks", "[chain_sum, gcd]"), ("cache", str(tmp_path))])
+    config = load(None, [("data.tasks", "[chain_sum, gcd]"), ("cache", str(tmp_path))])
     with pytest.raises(ValueError, match=rf"{key}\.path: the tiny {role} .* which task 'gcd' of data\.tasks has not"):
         warm_start.ensure(config, role, QUIET)
     assert not list(tmp_path.iterdir())

@@ -25,7 +25,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from scope_fast.config import Config, load, overrides
+from scope_fast.config import Config
+from scope_fast.config_files import load, overrides
 from scope_fast.data import encode_prompt
 from scope_fast.estimators import Estimate, draws, estimate, first_error_label, process_bench
 from scope_fast.loading import loading

@@ -1,0 +1,154 @@
+"""Configurations from files and command lines, and back: read, merged, checked key by key, explained.
+
+YAML file or preset (`find`)  <-  `--dotted.key value` pairs (`overrides`)  ->  `load`  ->  a `config.Config`
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from scope_fast.config import Config
+
+PRESETS = Path(__file__).parent / "configs"
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML that `load` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def load(path: str | Path | None = None, overrides: Iterable[tuple[str, str]] = ()) -> Config:
+    """A `Config` from a YAML file (None: the quickstart) and (dotted key, YAML value) pairs, later ones winning.
+
+    Raises ValueError naming the key: unknown ones with the nearest valid name, wrong values with what is expected;
+    FileNotFoundError when `path` is neither a file nor the name of a preset.
+    """
+    file = find(path)
+    raw = _parse(file.read_text(encoding="utf-8"), str(file)) or {}
+    if not isinstance(raw, dict):
+        raise ValueError(f"{file}: expected a mapping of keys, got {type(raw).__name__}")
+    for key, text in overrides:
+        _set(raw, key, _parse(text, f"--{key}"))
+    _reject_unknown(raw, Config, "")
+    try:
+        config = Config(**raw)
+    except ValidationError as error:
+        raise ValueError(_explain(error)) from None
+    if config.model.dtype != "auto":
+        return config
+    return config.model_copy(update={"model": config.model.model_copy(update={"dtype": native_dtype()})})
+
+
+def native_dtype() -> str:
+    """What model.dtype auto stands for: bfloat16 where the GPU, or else the CPU, has instructions for it.
+
+    A CPU without them (AVX512-BF16, AMX, Arm's BF16) takes many times longer for a bfloat16 product than for a float32.
+    """
+    if torch.cuda.is_available():
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+    has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # new in torch 2.12
+    return "bfloat16" if any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")) else "float32"
+
+
+def overrides(arguments: list[str]) -> list[tuple[str, str]]:
+    """`--a.b value` and `--a.b=value` as pairs. ValueError for anything else."""
+    pairs, rest = [], list(arguments)
+    while rest:
+        key = rest.pop(0)
+        if not key.startswith("--"):
+            raise ValueError(f"unexpected argument {key!r}: overrides are written --dotted.key value")
+        key, equals, value = key[2:].partition("=")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise ValueError(f"--{key} needs a value, say true or false where it is a switch")
+            value = rest.pop(0)
+        pairs.append((key, value))
+    return pairs
+
+
+def find(path: str | Path | None) -> Path:
+    """The file behind a configuration argument: a path, a preset's name, or None for the quickstart.
+
+    A preset is also found as configs/NAME.yaml, its place in the repository, from everywhere.
+    """
+    name = str(path or "quickstart")
+    preset = name.removeprefix("configs/").removesuffix(".yaml")
+    for candidate in (Path(name), PRESETS / f"{preset}.yaml"):
+        if candidate.is_file():
+            return candidate
+    presets = ", ".join(sorted(p.stem for p in PRESETS.glob("*.yaml")))
+    raise FileNotFoundError(f"no configuration file {name}; presets: {presets}")
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where}: not YAML: {error}") from None
+
+
+def _set(raw: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        if raw.get(parent) is None:  # absent, or a section whose every key is commented out
+            raw[parent] = {}
+        raw = raw[parent]
+        if not isinstance(raw, dict):
+            raise ValueError(f"--{dotted}: {parent} is a value, not a section")
+    raw[last] = value
+
+
+def _reject_unknown(raw: dict[str, Any], section: type[BaseModel], prefix: str) -> None:
+    for key, value in raw.items():
+        if key not in section.model_fields:
+            here = ", ".join(f"{prefix}{name}" for name in section.model_fields)
+            near = _nearest(prefix, str(key), section.model_fields)
+            hint = f"did you mean {near}?" if near else f"known here: {here}"
+            raise ValueError(f"unknown key {prefix}{key}; {hint}")
+        child = section.model_fields[key].annotation
+        if isinstance(child, type) and issubclass(child, BaseModel):
+            if value is None:  # a section whose every key is commented out
+                raw[key] = value = {}
+            if not isinstance(value, dict):
+                raise ValueError(f"{prefix}{key}: expected a section, got {value!r}")
+            _reject_unknown(value, child, f"{prefix}{key}.")
+
+
+def _nearest(prefix: str, key: str, here: Iterable[str]) -> str:
+    """What was most likely meant: a key of the same section, else nearly that name in others; "" if nothing is near."""
+    if near := difflib.get_close_matches(key, here, 1, 0.6):
+        return prefix + near[0]
+    everywhere = [(name.split(".")[-1], name) for name in _all_keys(Config)]
+    near = difflib.get_close_matches(key, [last for last, _ in everywhere], 1, 0.8)  # else a list beats a wrong guess
+    return " or ".join(name for last, name in everywhere if near and last == near[0])
+
+
+def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, info in section.model_fields.items():
+        keys.append(f"{prefix}{name}")
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            keys += _all_keys(info.annotation, f"{prefix}{name}.")
+    return keys
+
+
+def _explain(error: ValidationError) -> str:
+    parts = []
+    for problem in error.errors():
+        where = ".".join(str(part) for part in problem["loc"])
+        message = problem["msg"].removeprefix("Value error, ")
+        given = f", got {problem['input']!r}" if where and not isinstance(problem["input"], dict) else ""
+        near = ""
+        if problem["type"] == "literal_error":
+            names = [name.strip(" '") for name in problem["ctx"]["expected"].replace(" or ", ",").split(",")]
+            close = difflib.get_close_matches(str(problem["input"]), names, 1, 0.5)
+            near = f"; did you mean {close[0]}?" if close else ""
+        parts.append(f"{where}: {message}{given}{near}" if where else message)
+    return "; ".join(parts)

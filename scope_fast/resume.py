@@ -1,0 +1,90 @@
+"""A run directory and what may go on in it: claimed by the same configuration, finished, or made unfinished again."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from scope_fast import checkpoint, distributed
+from scope_fast.config import Config
+from scope_fast.config_files import load, to_yaml
+from scope_fast.files import WriteFailed, write_whole, writing
+from scope_fast.progress import console
+
+MAY_CHANGE = frozenset(  # between the parts of a resumed run: what places and paces the work, and no formula
+    {"steps", "out", "cache", "checkpoint", "logging", "distributed"}
+    | {f"learner.{name}" for name in ("token_budget", "max_skipped_updates", "activation_checkpointing", "attention")}
+    | {f"learner.{name}" for name in ("liger", "shard_size", "cpu_offload", "peak_tflops")}
+    | {f"rollout.{name}" for name in ("engine", "server_url", "server_gpus", "server_workers", "transfer")}
+    | {f"rollout.{name}" for name in ("transfer_address", "max_num_seqs", "kv_cache_gib", "sleep_level", "num_threads")}
+    | {f"rollout.{name}" for name in ("sync_timeout_s", "start_timeout_s", "generate_timeout_s")}
+    | {"rollout.gpu_memory_utilization"}
+    | {"verifier.workers", "verifier.timeout_s", "prm.token_budget", "prm.gpu_memory_utilization"}
+    | {f"teacher.{name}" for name in ("engine", "gpu_memory_utilization", "timeout_s")}
+    | {f"teacher.endpoint.{name}" for name in ("url", "key_variable", "concurrency", "request_timeout_s", "retries")}
+    | {f"teacher.endpoint.{name}" for name in ("backoff_s", "max_requests", "max_total_tokens", "cache")}
+)
+QUIET_CHANGES = frozenset({"steps", "out", "checkpoint", "logging"})  # the others are told: they may change roundings
+LAST = ("export", "report.html")  # what is made after the last step, in this order
+
+
+def claim(config: Config, resume: str) -> Path | None:
+    """Takes the run directory, and returns the checkpoint to go on from, if any.
+
+    Raises ValueError if a run of another configuration began there, or any at all with `--resume never`. What only
+    places and paces the work may change between the parts of a run (MAY_CHANGE), and `steps`, unless the learning
+    rate's schedule depends on it.
+    """
+    refusal = None
+    if distributed.is_main():
+        try:
+            _claim_folder(config, resume)
+        except (ValueError, WriteFailed) as error:
+            refusal = type(error), str(error)
+    if refusal := distributed.agree(refusal):
+        raise refusal[0](refusal[1])
+    return checkpoint.latest(config.run_dir)
+
+
+def _claim_folder(config: Config, resume: str) -> None:
+    folder = config.run_dir
+    with writing("the run directory", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    stored = folder / "config.yaml"
+    if stored.exists() and (folder / "metrics.jsonl").exists():
+        if resume == "never":
+            raise ValueError(f"out: {folder} already holds a run; choose another directory or --resume auto")
+        free = MAY_CHANGE if config.learner.schedule == "constant" else MAY_CHANGE - {"steps"}
+        old, new = load(stored).model_dump(), config.model_dump()
+        if different := _differences(old, new, free):
+            raise ValueError(f"out: {folder} holds a run of another configuration ({', '.join(different)} differ)")
+        if changed := _differences(old, new, QUIET_CHANGES):
+            console.print(f"{folder} goes on with other values of {', '.join(changed)}", markup=False)
+    text = to_yaml(config)
+    if not stored.exists() or stored.read_text(encoding="utf-8") != text:
+        write_whole(stored, text, "the configuration")
+
+
+def finished(config: Config, start: Path | None) -> bool:
+    """Whether nothing of the run is left to do: its last step is saved, and what follows the last step is there."""
+    whole = start is not None and checkpoint.step_of(start) >= config.steps
+    return whole and all((config.run_dir / name).exists() for name in LAST[: 1 + config.logging.report])
+
+
+def forget_last(out: Path) -> None:
+    """Removes what followed the last step of a shorter run: `finished` must not take it for this one's."""
+    if distributed.is_main():
+        with writing("the removal of an older export", out):
+            if (out / "export").exists():
+                shutil.rmtree(out / "export")
+            (out / "report.html").unlink(missing_ok=True)
+
+
+def _differences(old: dict, new: dict, free: frozenset[str] = frozenset(), prefix: str = "") -> list[str]:
+    found = []
+    for key in (key for key in new if f"{prefix}{key}" not in free):
+        if isinstance(new[key], dict):
+            found += _differences(old[key], new[key], free, prefix=f"{prefix}{key}.")
+        elif old[key] != new[key]:
+            found.append(f"{prefix}{key}")
+    return found
