@@ -16,7 +16,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # bench/ is not installed: a plain `pytest` would not find it
 
-from bench import bench_linear_scope_loss, cli, gpu_suite, harness, memory, peers, report, targets  # noqa: E402
+from bench import bench_linear_scope_loss, cli, gpu_suite, harness, memory, peers, quickstart, report, targets  # noqa: E402
 from bench.harness import Formula, Spec, Variant  # noqa: E402
 from bench.problems import ERROR_LIMITS, HeadProblem  # noqa: E402
 
@@ -388,6 +388,31 @@ def test_gpu_suite_fits_its_time_and_merges(monkeypatch, tmp_path):
     records, wrong = gpu_suite.run_parts(tmp_path)
     assert len(records["linear_scope_loss"]["cases"]) == 8 and len(records["linear_logprob"]["cases"]) == 2
     assert "step_pool" not in records and wrong == ["step_pool: stopped after 1 s"]
+
+
+def test_a_quickstart_run_in_one_row():
+    lines = [{"step": 0, "eval/pass_rate_before": 0.25}]
+    for accepted, gap in ((3, 1e-5), (1, 2e-5)):
+        lines.append({"loss/total": 0.1, "scope/accepted": accepted, "scope/selected": 5, "time/step_s": 1.5,
+                      "sampling/logprob_gap": gap})  # fmt: skip
+    with pytest.raises(ValueError, match="no evaluation after its last step"):
+        quickstart.summary(lines)
+    assert quickstart.summary([*lines, {"step": 2, "eval/pass_rate": 0.5}]) == {
+        "before": 0.25, "after": 0.5, "steps": 2, "selected": 10, "accepted": 4, "least_accepted": 1,
+        "most_logprob_gap": 2e-5, "steps_s": 3.0,
+    }  # fmt: skip
+
+
+def test_quickstart_runs_and_leaves_its_record(tmp_path, capfd):
+    settings = ["--steps", "1", "--rollout.engine", "transformers", "--rollout.prompts_per_step", "4"]
+    settings += ["--evaluation.prompts", "4", "--data.heldout", "8", "--logging.report", "false"]
+    assert quickstart.main(["--seeds", "3", "--json", str(tmp_path / "record.json"), *settings]) == 0
+    record = json.loads((tmp_path / "record.json").read_text())
+    (row,) = record["runs"]
+    assert (
+        record["settings"] == settings and (row["seed"], row["steps"]) == (3, 1) and 0 < row["steps_s"] < row["run_s"]
+    )
+    assert f"{row['before']:.1%}" in capfd.readouterr().out
 
 
 def test_pytest_collects_the_same_variants():
