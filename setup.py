@@ -5,12 +5,13 @@
 compiler the package installs and works, on the other backends.
 """
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 from setuptools import setup
-from setuptools.errors import BaseError
+from setuptools.errors import BaseError, CCompilerError
 
 ROOT = Path(__file__).resolve().parent
 SOURCES = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").glob("*.cpp"))]
@@ -34,7 +35,7 @@ def native_extension():
         return skipped(f"{error}; install torch first, then this package with --no-build-isolation")
 
     # ninja and the version checks of torch raise RuntimeError, a missing compiler OSError or CalledProcessError
-    failures = (BaseError, OSError, RuntimeError, subprocess.CalledProcessError)
+    failures = (BaseError, CCompilerError, OSError, RuntimeError, subprocess.CalledProcessError)
 
     class OptionalBuild(cpp_extension.BuildExtension):
         def build_extensions(self):
@@ -59,6 +60,8 @@ def native_extension():
     # at::parallel_for is a header template: compiled without OpenMP it runs on one thread
     openmp = ["-fopenmp"] if sys.platform == "linux" else []
     with_cuda = bool(CUDA_SOURCES) and torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None
+    if with_cuda and not torch.cuda.is_available():  # an image is built without a GPU to ask; torch fails without a list
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
     kind = cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension
     extension = kind(
         "scope_fast._native",

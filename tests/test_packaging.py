@@ -163,18 +163,24 @@ def test_transformers_does_not_take_our_folder_for_it():
     run("-c", code, cwd=ROOT)
 
 
-def test_without_a_compiler_the_package_installs_and_says_so(copy, tmp_path):
-    """The extension is optional: a missing compiler costs a line on stderr, not the installation."""
+@pytest.mark.parametrize("missing", ["compiler", "library"])
+def test_without_a_build_the_package_installs_and_says_so(missing, copy, tmp_path):
+    """The extension is optional: a missing compiler, or library to link, costs a line on stderr, not the installation."""
     source = tmp_path / "source"
     shutil.copytree(copy, source, symlinks=True)
     (source / "csrc").mkdir()
     (source / "csrc" / "ops.cpp").write_text("int answer() { return 42; }\n")
     (tmp_path / "wheel").mkdir()
-    env = {**os.environ, "CXX": "/nonexistent/c++", "CC": "/nonexistent/cc"}
+    env = {**os.environ, "LDFLAGS": "-lnowhere_to_be_found"}
+    if missing == "compiler":
+        env |= {"CXX": "/nonexistent/c++", "CC": "/nonexistent/cc"}
+    elif shutil.which(env.get("CXX", "c++")) is None:
+        pytest.skip("no C++ compiler")
     code = f"import setuptools.build_meta as backend; backend.build_wheel({str(tmp_path / 'wheel')!r})"
     done = subprocess.run([sys.executable, "-c", code], cwd=source, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stderr.count("scope_fast._native is not built:") == 1
+    assert ("LinkError" in done.stderr) == (missing == "library")
     (wheel,) = (tmp_path / "wheel").iterdir()
     with zipfile.ZipFile(wheel) as archive:
         assert not [name for name in archive.namelist() if "_native" in name]
