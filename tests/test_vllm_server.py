@@ -117,6 +117,13 @@ def test_http_says_what_went_wrong(http_server):
             Http(f"http://127.0.0.1:{unused.getsockname()[1]}").post("x", {}, 5.0)
 
 
+def test_a_server_that_is_too_old_is_refused_by_name():
+    """0.31 says nothing of versions, and of its tokens only the text."""
+    choice = {"token_ids": [7], "logprobs": {"content": [{"token": "x", "logprob": -1.0}]}, "finish_reason": "stop"}
+    with pytest.raises(RuntimeError, match=r"no weight_versions: vllm 0\.32 or newer is needed"):
+        vllm_server._rollout([1], choice)
+
+
 @pytest.mark.parametrize(
     ("hangs_at", "phase"),
     [

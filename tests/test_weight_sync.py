@@ -1,5 +1,6 @@
 """Weight sync: the order of the protocol on fakes, then real vLLM against an engine freshly loaded from the weights."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -339,8 +340,64 @@ def test_init_objects_are_those_of_the_installed_vllm():
     for made in (nccl, ipc, shm):
         assert made.backend in WeightTransferEngineFactory._registry
         assert made.backend in WeightTransferTrainerFactory._registry
-    reader = WeightTransferTrainerFactory.trainer_init(nccl, client=FakeClient(), source=mixed_source())
+    source = transfer.for_vllm(mixed_source())
+    reader = WeightTransferTrainerFactory.trainer_init(nccl, client=FakeClient(), source=source)
     assert not reader.is_sender  # rank 1: no communicator, so this much runs without a GPU
+    reader.send_weights()
+    assert list(read(source)) == ["a", "b", "c", "d", "e"]
+
+
+def read(source):
+    """name -> tensor of a pass, as the installed vLLM makes it."""
+    return dict(source.iter_full() if hasattr(source, "iter_full") else source)
+
+
+class From033:
+    """What vLLM's WeightSource is from 0.33 on, as far as its senders read one."""
+
+    @property
+    def metadata(self):
+        raise NotImplementedError
+
+    def iter_full(self):
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamMetaFrom033:
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    owners: tuple[int, ...] | None = None
+
+
+@needs_vllm
+def test_a_source_speaks_to_the_vllm_that_is_there(monkeypatch):
+    """0.32 calls `metadata()` and iterates; 0.33 reads `metadata`, of what knows owners, and calls `iter_full`."""
+    from vllm.distributed import weight_transfer
+
+    source = mixed_source()
+    monkeypatch.setattr(weight_transfer, "WeightSource", From033)
+    monkeypatch.setattr(weight_transfer, "ParamMeta", ParamMetaFrom033)
+    adapted = transfer.for_vllm(source)
+    assert isinstance(adapted, From033) and adapted.metadata is adapted.metadata
+    assert [(m.name, m.dtype, m.shape, m.owners) for m in adapted.metadata] == [(*m, None) for m in source.metadata()]
+    for _ in range(2):
+        for (name, tensor), (other, expected) in zip(adapted.iter_full(), source.named, strict=True):
+            assert name == other and tensor is expected
+    assert source.passes == 2
+    monkeypatch.setattr(weight_transfer, "WeightSource", type("Until032", (), {}))
+    assert transfer.for_vllm(source) is source
+
+
+@needs_vllm
+def test_a_vllm_that_is_too_old_is_refused_by_name(monkeypatch):
+    from vllm.outputs import CompletionOutput
+
+    fields = {name: f for name, f in CompletionOutput.__dataclass_fields__.items() if name != "weight_versions"}
+    monkeypatch.setattr(CompletionOutput, "__dataclass_fields__", fields)
+    with pytest.raises(ImportError, match=r"vllm \S+: vllm 0\.32 or newer is needed"):
+        vllm_engine.import_vllm()
 
 
 # The last prompt is longer than a block of vLLM's KV cache (128 tokens on CPU), so that the prefix cache can hold it.

@@ -12,7 +12,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
+
+import torch
 
 from scope_fast.rollout.base import TRANSFERS, EngineOptions, WeightSource
 from scope_fast.rollout.server_process import free_port
@@ -72,6 +76,26 @@ def trainer_init(
     if address is None or num_workers is None:
         raise ValueError("transfer='nccl': address and num_workers are needed")
     return _nccl_init(rank, bucket_bytes, address, num_workers)
+
+
+def for_vllm(source: WeightSource) -> Any:
+    """The source as vLLM's own senders read it: as it is, and from 0.33 on by a property and another iteration."""
+    from vllm.distributed import weight_transfer
+
+    if not hasattr(weight_transfer.WeightSource, "iter_full"):
+        return source
+
+    class Source(weight_transfer.WeightSource):
+        """Every rank reads every parameter, in step: the same as vLLM's default of no owners."""
+
+        @cached_property
+        def metadata(self) -> list[Any]:
+            return [weight_transfer.ParamMeta(*meta) for meta in source.metadata()]
+
+        def iter_full(self) -> Iterator[tuple[str, torch.Tensor]]:
+            return iter(source)
+
+    return Source()
 
 
 def fitted(init: Any, source: WeightSource) -> Any:

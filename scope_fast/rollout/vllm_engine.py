@@ -40,6 +40,7 @@ from scope_fast.rollout.base import (
     torch_threads,
 )
 
+TOO_OLD = "vllm 0.32 or newer is needed, which says of every token the version of the weights that drew it"
 IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}  # a server is not started with them
 
 
@@ -59,7 +60,10 @@ def import_vllm() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # vLLM's own use of torch
         import vllm
+        from vllm.outputs import CompletionOutput
 
+        if "weight_versions" not in CompletionOutput.__dataclass_fields__:
+            raise ImportError(f"vllm {vllm.__version__}: {TOO_OLD}")
         return vllm
 
 

@@ -41,6 +41,7 @@ from scope_fast.rollout.base import (
     prefill_tokens_on_cpu,
 )
 from scope_fast.rollout.server_process import Http, ServerDiedError, ServerProcess
+from scope_fast.rollout.vllm_engine import TOO_OLD
 
 T = TypeVar("T")
 UNKNOWN = "from before the first sync"  # what a shared server's weights are called until this run sends some
@@ -351,7 +352,8 @@ class VllmServerEngine:
         from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
 
         init = transfers.fitted(self._transfer, self._weights)
-        return WeightTransferTrainerFactory.trainer_init(init, client=self._client, source=self._weights)
+        source = transfers.for_vllm(self._weights)
+        return WeightTransferTrainerFactory.trainer_init(init, client=self._client, source=source)
 
     def _ask(self, bodies: list[dict[str, Any]]) -> list[Rollout]:
         """Twice as many in flight as the server decodes at once: it has the next at hand when one ends."""
@@ -426,6 +428,8 @@ def _gpu_names(gpus: tuple[int, ...]) -> list[str]:
 def _rollout(prompt: list[int], choice: dict[str, Any]) -> Rollout:
     """Checks what must hold of every response: one log-probability and one version of weights per token, a natural
     end."""
+    if "weight_versions" not in choice:
+        raise RuntimeError(f"the server's answer has no weight_versions: {TOO_OLD}")
     token_ids, content = choice["token_ids"], choice["logprobs"]["content"]
     if [entry["token_id"] for entry in content] != token_ids:
         raise RuntimeError(f"vLLM returned {len(content)} log-probabilities for {len(token_ids)} tokens")
