@@ -98,11 +98,14 @@ def for_vllm(source: WeightSource) -> Any:
     return Source()
 
 
-def fitted(init: Any, source: WeightSource) -> Any:
-    """The init object with a buffer that holds the source's largest tensor, where the backend needs that.
+def prepared(init: Any, source: WeightSource) -> Any:
+    """The init object for a sender that is made now, once a server: nccl's with a port that is free now (a server that
+    comes back meets no old rendezvous), ipc's with a buffer that holds the source's largest tensor.
 
     ShmInit is grown by its sender, and vLLM's nccl sender warns of a larger tensor, but sends it.
     """
+    if init.backend == "nccl":
+        return dataclasses.replace(init, master_port=free_port())
     if init.backend != "ipc":
         return init
     largest = max(math.prod(meta.shape) * meta.dtype.itemsize for meta in source.metadata())
@@ -110,7 +113,7 @@ def fitted(init: Any, source: WeightSource) -> Any:
 
 
 def _ipc_init(rank: int, bucket_bytes: int) -> Any:
-    """Not run on a GPU. Packed: vLLM refuses a tensor larger than the buffer, which `fitted` grows."""
+    """Not run on a GPU. Packed: vLLM refuses a tensor larger than the buffer, which `prepared` grows."""
     from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 
     return IPCTrainerInitInfo(rank=rank, packed=True, packed_buffer_size_bytes=bucket_bytes)
@@ -119,6 +122,8 @@ def _ipc_init(rank: int, bucket_bytes: int) -> Any:
 def _nccl_init(rank: int, bucket_bytes: int, address: str, num_workers: int) -> Any:
     """Not run on a GPU. vLLM's default of two buffers of 1 GiB would be taken from the KV cache and the learner.
 
+    From 0.33 on vLLM's receiver has the loads of one buffer wait for what another received; 0.32's has no such order.
+
     The size is where a buffer is cut, after the tensor that goes beyond it: no tensor is too large.
     """
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
@@ -126,7 +131,7 @@ def _nccl_init(rank: int, bucket_bytes: int, address: str, num_workers: int) -> 
     return NCCLTrainerInitInfo(
         rank=rank,
         master_address=address,
-        master_port=free_port(),  # the rendezvous is opened by rank 0, on this machine
+        master_port=0,  # of the rendezvous that rank 0 opens, on this machine: chosen when it does (`prepared`)
         world_size=1 + num_workers,
         packed=True,
         packed_buffer_size_bytes=bucket_bytes,

@@ -351,7 +351,7 @@ class VllmServerEngine:
             return weight_sync.ShmSender.trainer_init(self._transfer, client=self._client, source=self._weights)
         from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
 
-        init = transfers.fitted(self._transfer, self._weights)
+        init = transfers.prepared(self._transfer, self._weights)
         source = transfers.for_vllm(self._weights)
         return WeightTransferTrainerFactory.trainer_init(init, client=self._client, source=source)
 
