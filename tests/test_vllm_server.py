@@ -1,7 +1,6 @@
 """The engine over a vLLM server: HTTP that hangs or breaks on plain sockets, then one real server, used by all tests in
 the order of the file, synced, switched in flight, killed and brought back."""
 
-import dataclasses
 import http.server
 import json
 import os
@@ -356,7 +355,6 @@ def test_ipcs_buffer_holds_the_largest_tensor(bucket_bytes, expected, http_serve
     engine._weights.fill(ModuleSource(model), 1)
     engine._make_sender()
     assert [(made.backend, made.packed, made.packed_buffer_size_bytes) for made in handed] == [("ipc", True, expected)]
-    nccl = transfer.trainer_init("nccl", 0, bucket_bytes, address="127.0.0.1", num_workers=1)
     engine.close()
 
 
@@ -366,7 +364,7 @@ def test_nccl_meets_at_a_port_of_its_own_at_every_start(monkeypatch):
     nccl = transfer.trainer_init("nccl", 0, 1 << 20, address="127.0.0.1", num_workers=1)
     first, second = (transfer.prepared(nccl, ModuleSource(make())) for _ in range(2))
     assert (first.master_port, second.master_port) == (21000, 21001)
-    assert dataclasses.replace(first, master_port=21001) == second
+    assert replace(first, master_port=21001) == second
 
 
 @pytest.mark.parametrize(
