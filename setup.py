@@ -1,8 +1,9 @@
 """The native extension only; everything else about the package is in pyproject.toml.
 
 `scope_fast._native` is built from csrc/ where those sources and an importable torch are there (so: install with
---no-build-isolation), with the CUDA kernels where torch is a CUDA build and nvcc is found. It is optional: without a
-compiler the package installs and works, on the other backends.
+--no-build-isolation), with the CUDA kernels where torch is a CUDA build and nvcc is found: for the GPU that is there,
+for TORCH_CUDA_ARCH_LIST, or for sm_80 and from sm_90 on. It is optional: without a compiler the package installs and
+works, on the other backends.
 """
 
 import os
@@ -60,8 +61,9 @@ def native_extension():
     # at::parallel_for is a header template: compiled without OpenMP it runs on one thread
     openmp = ["-fopenmp"] if sys.platform == "linux" else []
     with_cuda = bool(CUDA_SOURCES) and torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None
-    if with_cuda and not torch.cuda.is_available():  # an image is built: torch has no GPU to ask, and fails
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+    if with_cuda and not torch.cuda.is_available() and "TORCH_CUDA_ARCH_LIST" not in os.environ:
+        os.environ["TORCH_CUDA_ARCH_LIST"] = "8.0;9.0+PTX"  # torch has no GPU to ask, and would fail
+        print("scope_fast._native: no GPU here, built for TORCH_CUDA_ARCH_LIST=8.0;9.0+PTX", file=sys.stderr)
     kind = cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension
     extension = kind(
         "scope_fast._native",

@@ -62,10 +62,12 @@ def run(seed: int, folder: Path, settings: list[str]) -> dict:
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser("python -m bench.quickstart", description=__doc__.splitlines()[0])
+    p = argparse.ArgumentParser("python -m bench.quickstart", description=__doc__.splitlines()[0], allow_abbrev=False)
     p.add_argument("--seeds", default="0,1,2", help="comma-separated (default 0,1,2)")
     p.add_argument("--json", metavar="FILE", help="write the record here")
     args, settings = p.parse_known_args(argv)
+    if refused := {word.partition("=")[0] for word in settings} & {"--seed", "--out"}:
+        p.error(f"{', '.join(sorted(refused))}: the runs' own; --seeds names the seeds")
     record = {"environment": environment("cpu"), "settings": settings, "runs": []}
     with tempfile.TemporaryDirectory() as folder:
         for seed in map(int, args.seeds.split(",")):

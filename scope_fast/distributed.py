@@ -64,12 +64,12 @@ def process_group(timeout_s: float) -> Iterator[None]:
 
 
 def leave(status: int) -> NoReturn:
-    """Ends this process as `sys.exit` would, without the interpreter's shutdown: what one of several ranks does.
+    """Ends this process after its exit handlers, without the interpreter's shutdown: what one of several ranks does.
 
     A gloo thread may still hold the last collective's tensor, and letting go of it takes the interpreter's lock: during
     a shutdown that ends the thread, and the process with it, by abort() (torch 2.13, ProcessGroupGloo::runLoop; a
     barrier before destroy_process_group does not help, as a mesh keeps those threads). torchrun would take a rank that
-    ends so for a failure, and stop the others, rank 0 and its report among them.
+    ends so for a failure, and stop the others, rank 0 and its report among them. Other threads are not waited for.
     """
     atexit._run_exitfuncs()
     sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""The C++ kernels of linear_scope_loss and linear_logprob where their tiling, threads and fallbacks show.
+"""The C++ kernels of the losses and linear_logprob where their tiling, threads and fallbacks show.
 
 The contract itself is held by test_linear_scope_loss.py and test_linear_logprob.py, whose "cpu" runs are these kernels.
 Tiles: 16 tokens (padding), 64 (panel), 256 (group), 128 vocabulary rows (block), 1024 hidden units (depth).
@@ -16,7 +16,7 @@ from test_linear_logprob import check_against_naive as check_logprob
 from test_linear_scope_loss import check_against_naive, run
 from test_scope_loss import check_every_dtype as check_scope_loss
 
-from scope_fast import LossOptions, linear_logprob, linear_scope_loss, native
+from scope_fast import LossOptions, TokenStreams, linear_logprob, linear_scope_loss, native, scope_loss
 
 KERNELS = ("linear_scope_loss", "linear_logprob", "linear_logprob_backward")
 pytestmark = pytest.mark.skipif(not all(native.has(k, "cpu") for k in KERNELS), reason=native.MISSING)
@@ -157,6 +157,17 @@ def test_exp_is_within_its_bound():
     out = linear_logprob(below, weight, torch.zeros(4, dtype=torch.int64), backend="cpu")
     (slope,) = torch.autograd.grad(out.logprob.sum(), below)
     assert slope.eq(0).all()  # no subnormal survives, and none becomes NaN
+
+
+def test_exp_is_within_its_bound_above_one_too():
+    """scope_loss's ratios and weights, seen through a gradient: on policy, advantage 1, it is -exp(-rollout)."""
+    x = torch.linspace(-87.3, 88.0, 1 << 20)
+    ones, logprob = torch.ones_like(x), torch.zeros_like(x).requires_grad_()
+    streams = TokenStreams(x.long(), ones.to(torch.uint8), ones, advantage=ones, rollout_logprob=-x)
+    loss, _ = scope_loss(logprob, streams, LossOptions(importance_cap=3e38), backend="cpu")
+    (slope,) = torch.autograd.grad(loss, logprob)
+    exact = x.double().exp()
+    assert ((-slope - exact).abs() / exact).max() <= 2.0**-23
 
 
 def test_sums_at_a_large_vocabulary_do_not_drift():

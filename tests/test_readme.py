@@ -25,10 +25,10 @@ def test_the_training_loop_runs_as_printed():
 
 def test_every_file_of_the_tour_exists():
     tour = README.split("## Tour")[1]
-    named = re.findall(r"^\| `([^`]+)`", tour, re.M)
-    assert len(named) > 10
-    for names in named:
-        for name in names.split():
+    rows = re.findall(r"^\| (`[^|]+) \|", tour, re.M)
+    assert len(rows) > 10
+    for row in rows:
+        for name in re.findall(r"`([^`]+)`", row):
             assert (ROOT / name).exists(), name
 
 

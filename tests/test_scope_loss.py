@@ -219,11 +219,13 @@ def test_its_gradient_is_kept_only_where_there_is_an_entropy(place, given):
 def test_cpu_threads_change_no_bit(T):
     logprob, entropy, s = make_rows(T, dtype=torch.float32, V=8)
     before, runs = torch.get_num_threads(), []
-    for num_threads in (1, 2, 5):
-        torch.set_num_threads(num_threads)
-        loss, metrics = scope_loss(logprob, s, LossOptions(entropy_coef=0.1), entropy=entropy, backend="cpu")
-        runs.append([loss, *metrics.values(), *grads_of(loss, logprob, entropy)])
-    torch.set_num_threads(before)
+    try:
+        for num_threads in (1, 2, 5):
+            torch.set_num_threads(num_threads)
+            loss, metrics = scope_loss(logprob, s, LossOptions(entropy_coef=0.1), entropy=entropy, backend="cpu")
+            runs.append([loss, *metrics.values(), *grads_of(loss, logprob, entropy)])
+    finally:
+        torch.set_num_threads(before)
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
 
 
@@ -243,6 +245,16 @@ def test_backward_twice_and_upstream_gradient(place):
     scaled = torch.autograd.grad(-3 * loss, logprob, retain_graph=True)[0]
     assert torch.equal(first, torch.autograd.grad(loss, logprob)[0])
     torch.testing.assert_close(scaled, -3 * first)
+
+
+@on_places
+def test_a_batch_of_upstream_gradients(place):
+    logprob, _, streams = make_rows(dtype=place.fine, device=place.device)
+    loss, _ = scope_loss(logprob, streams, backend=place.backend)
+    factors = torch.tensor([1.0, -2.0], dtype=loss.dtype, device=place.device)
+    (both,) = torch.autograd.grad(loss, logprob, factors, retain_graph=True, is_grads_batched=True)
+    (one,) = torch.autograd.grad(loss, logprob)
+    torch.testing.assert_close(both, factors.to(place.fine)[:, None] * one)
 
 
 @on_places

@@ -51,8 +51,8 @@ def variants():
     for name, streams, o in (("full", FULL, OPTIONS), ("bare", BARE, OPTIONS)):
         entropy = F32 if name == "full" else None
         yield scope_loss._scope_loss_kernel, name, {
-            "logprob": F32, "entropy": entropy, "streams": streams, "o": o, "g_out": F32, "h_out": F32, "table": F32,
-            "num_rows": "i32", "BLOCK": scope_loss.BLOCK,
+            "logprob": F32, "entropy": entropy, "streams": streams, "o": o, "g_out": F32, "h_out": entropy,
+            "table": F32, "num_rows": "i32", "BLOCK": scope_loss.BLOCK,
         }, {"num_warps": 4}  # fmt: skip
         for logits, dlogits, gradient in HEADS:
             operand = "*fp32" if dlogits == "*fp32" else "*bf16"

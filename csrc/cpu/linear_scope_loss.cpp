@@ -31,7 +31,9 @@ struct ActiveStreams {
   }
 
  private:
-  static double at(const Tensor& stream, int64_t i) { return stream.defined() ? stream.const_data_ptr<double>()[i] : 0.0; }
+  static double at(const Tensor& stream, int64_t i) {
+    return stream.defined() ? stream.const_data_ptr<double>()[i] : std::numeric_limits<double>::quiet_NaN();
+  }
 };
 
 Tensor take(const OptionalTensor& stream, const Tensor& rows) {

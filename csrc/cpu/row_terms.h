@@ -6,7 +6,6 @@
 #pragma once
 
 #include <cmath>
-#include <cstdint>
 #include <limits>
 #include <type_traits>
 
@@ -15,7 +14,7 @@
 namespace scope_fast {
 
 constexpr float kLogRatioClamp = 20.0f;  // exp(20) = 5e8: far beyond any clip
-constexpr float kMaxExponent = 88.0f;    // exp(88) = 1.7e38: what is capped or compared above, in float too
+constexpr float kMaxExponent = 88.0f;    // exp_of ends here, at 1.7e38
 
 // METRICS of scope_fast/ops/options.py: sums, then maxima (0 over no rows)
 enum Metric { loss_rl, loss_nll, rows, entropy_sum, kl_sum, clipped_rows, gap_sum, ratio_max, gap_max, num_metrics };
@@ -42,7 +41,7 @@ struct RowOptions {
   T clip_low, clip_high, dual_clip, policy_loss, kl, kl_coef, entropy_coef, importance_cap, nll_shape, temperature;
 };
 
-// The streams of a row; an absent stream is false in `Present` and its value is not read.
+// The streams of a row; an absent one is NaN, and false in `Present` where its absence means something.
 template <class V>
 struct Row {
   V segment, weight, old_logprob, advantage, ref_logprob, rollout_logprob;
@@ -72,8 +71,11 @@ template <class V>
 SCOPE_FAST_INLINE V exponential(V x) {
   if constexpr (std::is_floating_point_v<V>) {
     return std::exp(x);
+  } else if constexpr (std::is_same_v<Element<V>, double>) {
+    return exp_of<sizeof(V)>(x);
   } else {
-    return exp_of<sizeof(V)>(x > kMaxExponent ? V{} + kMaxExponent : x);
+    const V within = x > kMaxExponent ? V{} : x;
+    return x > kMaxExponent ? V{} + std::numeric_limits<float>::infinity() : exp_of<sizeof(V)>(within);
   }
 }
 

@@ -31,13 +31,19 @@ using OptionalTensor = std::optional<Tensor>;
 constexpr int64_t kBlockRows = 512;
 constexpr int64_t kShareBlocks = 16;  // below this a thread costs more than it computes
 
-// `count` values, at most a vector of them; zeros after them, and for an absent stream
+// `count` values, at most a vector of them; zeros after them
 template <int BYTES, class T>
 SCOPE_FAST_INLINE Vec<T, BYTES> load_up_to(const T* from, int64_t count) {
-  if (from != nullptr && count * sizeof(T) >= BYTES) return load<BYTES>(from);
+  if (count * sizeof(T) >= BYTES) return load<BYTES>(from);
   Vec<T, BYTES> v{};
-  if (from != nullptr) std::memcpy(&v, from, count * sizeof(T));
+  std::memcpy(&v, from, count * sizeof(T));
   return v;
+}
+
+// the same of a stream from row i on; `absent` where there is none
+template <int BYTES, class T>
+SCOPE_FAST_INLINE Vec<T, BYTES> load_rows(const T* stream, int64_t i, int64_t count, T absent) {
+  return stream == nullptr ? Vec<T, BYTES>{} + absent : load_up_to<BYTES>(stream + i, count);
 }
 
 template <int BYTES, class T>
@@ -54,18 +60,19 @@ SCOPE_FAST_INLINE void block_losses_body(
   constexpr int BYTES = MOST < 32 ? MOST : 32;
   using V = Vec<T, BYTES>;
   constexpr int64_t lanes = BYTES / sizeof(T);
+  constexpr T nan = std::numeric_limits<T>::quiet_NaN();
   V total[num_metrics] = {};
   for (int64_t i = first; i < last; i += lanes) {
     const int64_t count = last - i < lanes ? last - i : lanes;
-    const auto at = [](const T* stream, int64_t i) { return stream == nullptr ? nullptr : stream + i; };
     const Row<V> row{
         __builtin_convertvector(load_up_to<lanes>(all.segment + i, count), V),
         load_up_to<BYTES>(all.weight + i, count),
-        load_up_to<BYTES>(at(all.old_logprob, i), count),
-        load_up_to<BYTES>(at(all.advantage, i), count),
-        load_up_to<BYTES>(at(all.ref_logprob, i), count),
-        load_up_to<BYTES>(at(all.rollout_logprob, i), count)};
-    const V logprob = load_up_to<BYTES>(all.logprob + i, count), entropy = load_up_to<BYTES>(at(all.entropy, i), count);
+        load_rows<BYTES>(all.old_logprob, i, count, nan),
+        load_rows<BYTES>(all.advantage, i, count, nan),
+        load_rows<BYTES>(all.ref_logprob, i, count, nan),
+        load_rows<BYTES>(all.rollout_logprob, i, count, nan)};
+    const V logprob = load_up_to<BYTES>(all.logprob + i, count);
+    const V entropy = load_rows<BYTES>(all.entropy, i, count, T(0));  // its sum is left out, where there is none
     const RowTerms<V> terms = row_terms(logprob, entropy, row, has, o);
     store_up_to<BYTES>(all.g + i, terms.g, count);
     if (all.h != nullptr) store_up_to<BYTES>(all.h + i, terms.h, count);

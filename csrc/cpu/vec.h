@@ -83,7 +83,7 @@ SCOPE_FAST_INLINE V larger(V a, V b) {
 
 constexpr float kExpUnderflow = -87.33654f;  // below: exp is 0; the subnormals are given up
 
-// exp(x) for x <= 1, within 1.2 units in the last place (tests/test_native_linear.py); 0 under kExpUnderflow; NaN stays NaN.
+// exp(x) for x <= 88, within 1.2 units in the last place (tests/test_native_linear.py); 0 under kExpUnderflow; NaN stays NaN.
 // exp(x) = 2^n exp(r), r = x - n log 2 in two steps (Cody and Waite), exp(r) by a polynomial of degree 6 on
 // |r| <= log(2)/2; adding 1.5 * 2^23 rounds x / log 2 to n and leaves n in the low bits.
 template <int BYTES>

@@ -108,9 +108,13 @@ def _scaled(saved: Tensor, grad_loss: Tensor, backend: str) -> Tensor:
 
 
 def is_one(grad_loss: Tensor) -> bool:
-    """Whether the factor is exactly 1, as `loss.backward()` starts; asked on a CPU alone, where looking is free."""
-    plain = type(grad_loss) is Tensor and grad_loss.device.type == "cpu" and not torch.compiler.is_compiling()
-    return plain and grad_loss.item() == 1.0
+    """Whether the factor is exactly 1, as `loss.backward()` starts; asked on a CPU alone, where looking is free, and
+    not of a batch of factors (`is_grads_batched`), which has no one value."""
+    if type(grad_loss) is not Tensor or grad_loss.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    functorch = torch._C._functorch
+    batched = functorch.is_functorch_wrapped_tensor(grad_loss) or functorch.is_legacy_batchedtensor(grad_loss)
+    return not batched and grad_loss.item() == 1.0
 
 
 @torch.library.custom_op("scope_fast::scaled", mutates_args=())

@@ -93,7 +93,7 @@ class SyncClient:
 class VllmEngine:
     """`RolloutEngine` on vLLM in this process, from a Hugging Face model folder.
 
-    transfer: the trainer-side init object of a weight-transfer backend; its `backend` names it. Default: `ShmInit`.
+    Weights come through a file in shared memory (`weight_sync`), on a GPU too: CUDA opens no handle in its own process.
 
     vLLM creates a default torch.distributed group of one process if there is none: a learner with more ranks must
     create its group first. A group that was there, the caller's random state and torch's threads are left as found.
@@ -102,12 +102,10 @@ class VllmEngine:
     On CPU nothing is compiled: vLLM's one torch.compile'd helper would cost the first call 2 s and need a C++ compiler.
     """
 
-    def __init__(self, model_dir: str, options: EngineOptions | None = None, transfer: Any = None) -> None:
+    def __init__(self, model_dir: str, options: EngineOptions | None = None) -> None:
         vllm = import_vllm()
         options = options or EngineOptions()
-        self._transfer = transfer or weight_sync.ShmInit(bucket_bytes=options.bucket_bytes)
-        if self._transfer.backend == weight_sync.BACKEND:
-            weight_sync.register()
+        weight_sync.register()
         self._sampling_params = vllm.SamplingParams
         self._stop_ids = eos_token_ids(str(model_dir))
         self._seeds = random.Random(options.seed)
@@ -115,7 +113,7 @@ class VllmEngine:
         self._dtype = getattr(torch, options.dtype)
         with _undisturbed_caller():
             group_existed = torch.distributed.is_initialized()
-            self._llm = vllm.LLM(**_llm_arguments(vllm, str(model_dir), options, self._transfer.backend))
+            self._llm = vllm.LLM(**_llm_arguments(str(model_dir), options))
         self._finalizer = _own_shutdown(self, self._llm, group_existed)
         self._context = self._llm.model_config.max_model_len
         self._vocab = self._llm.model_config.get_vocab_size()
@@ -155,9 +153,7 @@ class VllmEngine:
         """The timeline is in `weight_sync.ShmSender`. After `sync_timeout_s` the process ends, see `watch.watchdog`."""
         check_version(version)
         self._check_usable()
-        source = weight_sync.as_source(
-            weights, self._dtype, self._bucket_bytes, reuse_memory=self._transfer.backend == weight_sync.BACKEND
-        )
+        source = weight_sync.as_source(weights, self._dtype, self._bucket_bytes, reuse_memory=True)
         with watch.watchdog(self._sync_timeout_s, self._rank, lambda: self._client.phase), self._working():
             if self._sender is None:
                 self._sender = self._make_sender(source)
@@ -209,9 +205,8 @@ class VllmEngine:
             yield
 
     def _make_sender(self, source: WeightSource) -> Any:
-        from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
-
-        return WeightTransferTrainerFactory.trainer_init(self._transfer, client=self._client, source=source)
+        init = weight_sync.ShmInit(bucket_bytes=self._bucket_bytes)
+        return weight_sync.ShmSender.trainer_init(init, client=self._client, source=source)
 
     def _params(self, sampling: Sampling, seed: int) -> Any:
         return self._sampling_params(
@@ -227,7 +222,7 @@ class VllmEngine:
         )
 
 
-def _llm_arguments(vllm: Any, model_dir: str, options: EngineOptions, backend: str) -> dict[str, Any]:
+def _llm_arguments(model_dir: str, options: EngineOptions) -> dict[str, Any]:
     from vllm.config import WeightTransferConfig
     from vllm.platforms import current_platform
 
@@ -239,7 +234,7 @@ def _llm_arguments(vllm: Any, model_dir: str, options: EngineOptions, backend: s
         "max_num_seqs": options.max_num_seqs,
         "seed": options.seed,
         "logprobs_mode": "processed_logprobs",
-        "weight_transfer_config": WeightTransferConfig(backend=backend),
+        "weight_transfer_config": WeightTransferConfig(backend=weight_sync.BACKEND),
         "use_tqdm_on_load": False,
     }
     if current_platform.is_cpu():
