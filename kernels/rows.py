@@ -92,8 +92,8 @@ def row_terms(logprob, entropy, at, mask, streams, o):
     g = tl.where(is_rl, g, tl.where(is_nll, g_nll, 0.0))
 
     rows = tl.where(is_rl, 1.0, 0.0)
-    old_kl = tl.where(is_rl, tl.exp(-log_ratio) - 1.0 + log_ratio, 0.0)
     ratio = tl.where(is_rl, tl.exp(log_ratio), 0.0)
+    old_kl = tl.where(is_rl, ratio - 1.0 - log_ratio, 0.0)
     gap = tl.abs(logp - rollout)
     if streams.rollout_logprob is None:
         gap = tl.zeros_like(logp)

@@ -111,6 +111,8 @@ class LossOptions:
             raise ValueError(f"clip_high={self.clip_high}: expected a value >= 0")
         if self.dual_clip is not None and self.dual_clip <= 1.0:
             raise ValueError(f"dual_clip={self.dual_clip}: expected a value above 1")
+        if self.dual_clip is not None and self.policy_loss != "ppo":
+            raise ValueError(f"dual_clip={self.dual_clip}: bounds ppo alone, policy_loss is {self.policy_loss}")
         if self.importance_cap is not None and self.importance_cap <= 0.0:
             raise ValueError(f"importance_cap={self.importance_cap}: expected a value above 0")
         if self.temperature <= 0.0:

@@ -74,7 +74,7 @@ def make_learner(config: Config, student) -> Learner:
     return Learner(
         student,
         config.learner,
-        config.loss.options(config.rollout.temperature),
+        config.loss_options(),
         total_steps=config.steps,
         joint_normalizer=config.loss.nll_normalizer == "joint",
         backend=config.loss.backend,

@@ -365,7 +365,7 @@ class Config(_Section):
     @model_validator(mode="after")
     def _consistent(self) -> Config:
         try:
-            self.loss.options(self.rollout.temperature)
+            self.loss_options()
         except ValueError as error:
             raise ValueError(f"loss.{error}") from None
         try:
@@ -402,6 +402,11 @@ class Config(_Section):
                 f"rollout.prompts_per_step={self.rollout.prompts_per_step}: groups are not split"
             )
         return self
+
+    def loss_options(self) -> LossOptions:
+        """The op's options. sft's likelihood is the plain one, whatever the other methods' suffixes are weighted by."""
+        loss = self.loss if self.method != "sft" else self.loss.model_copy(update={"nll_weight": "constant"})
+        return loss.options(self.rollout.temperature)
 
     @property
     def repairs(self) -> bool:

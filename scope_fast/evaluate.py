@@ -2,8 +2,9 @@
 
 MODEL_OR_RUN is a Hugging Face folder or hub name, "tiny" (the embedded student), or a run directory: then its export/
 is evaluated under its own config.yaml, or with --step one of its checkpoints. What is asked:
-    by default          the embedded tasks of the configuration, on prompts no run trains on; of a run with data.path,
-                        the rows it held out
+    by default          the embedded tasks of the configuration, on held-out prompts (of more than data.heldout, or of
+                        other tasks than the run's, a few in a thousand may be a training prompt's text again); of a
+                        run with data.path, the rows it held out
     --data.path FILE    every row of a data set             --suite FILE    every row of a list of benchmarks
 Any configuration key may follow, as for `scope_fast.train`: --rollout.max_tokens 2048 --verifier.score my.module:score
 With --suite, data.* and verifier.score may not: the suite's file says them for every benchmark.

@@ -30,6 +30,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from scope_fast import distributed, sharding
+from scope_fast.attention import check_packing
 from scope_fast.batch import (
     LossOptions,
     MicroBatch,
@@ -132,6 +133,7 @@ class Learner:
         mesh: DeviceMesh | None = None,
     ) -> None:
         check_model(model)
+        check_packing(model)
         self.model, self.config, self.options = model, config, options
         self.joint_normalizer, self.mesh = joint_normalizer, mesh
         lower = compute_dtype != torch.float32 and mesh is None  # sharded weights are cast as they are gathered

@@ -37,8 +37,8 @@ def linear_scope_loss(
     no advantage either).
 
     Returns the loss, a scalar in float32 (float64 for float64), and metrics, device scalars: sums over the active rows
-    loss/rl, loss/nll, policy/rows, policy/entropy_sum, policy/kl_sum (k3 against old), policy/clipped,
-    sampling/gap_sum (|logprob - rollout_logprob|), and the maxima policy/ratio_max, sampling/gap_max.
+    loss/rl, loss/nll, policy/rows, policy/entropy_sum, policy/kl_sum (k3 of KL(old || new): r - 1 - log r),
+    policy/clipped, sampling/gap_sum (|logprob - rollout_logprob|), and the maxima policy/ratio_max, sampling/gap_max.
     No active row: the loss is exactly 0 and its gradients are zeros, so every rank can run its backward.
 
     Raises ValueError naming the argument and both shapes for input that disagrees, for float16, and for a stream that

@@ -26,7 +26,7 @@ from scope_fast.records import TokenTexts, record
 from scope_fast.rollout.base import RolloutEngine, Sampling
 from scope_fast.sampler import Group, Sampler, seed_of
 from scope_fast.scope.advantage import Stamped, method
-from scope_fast.scope.localize import first_error, is_near_miss, valid_probs
+from scope_fast.scope.localize import first_error, is_near_miss, kept_steps, valid_probs
 from scope_fast.scope.rectify import Rejected, splice
 from scope_fast.scope.trajectory import Prompt, Trajectory
 from scope_fast.teacher import Reply, Request, Teacher, TeacherError, ask, counts_of
@@ -243,7 +243,9 @@ class Trainer:
             "scope/accepted": self.counts["repair/accepted"],
             "scope/rejected": self.counts["repair/rejected"],
             "teacher/errors": self.counts["repair/error"],
-            "scope/no_prefix": sum(t.first_error == 0 for t in failed),
+            "scope/no_prefix": sum(
+                t.first_error is not None and kept_steps(t.first_error, len(t.steps)) == 0 for t in failed
+            ),
             "tokens/rollout": sum(len(t.token_ids) for group in groups for t in group),
             "sampling/entropy": -sum(sum(t.logprobs) for group in groups for t in group),
             "sampling/staleness": sum(

@@ -112,7 +112,7 @@ def examples(config: cfg.Config, slip_rate: float, seed: int, styles: Sequence[s
 
 
 def _seed(seed: int) -> int:
-    return 500_000_000 + seed * 10_000_000  # reasoning-gym draws entry i from seed + i: far from the run's own prompts
+    return 500_000_000 + seed * 10_000_000  # entry i is drawn from seed + i; a run of seed s draws from s * 1e6 on
 
 
 def build_tokenizer(config: cfg.Config):

@@ -255,11 +255,10 @@ def naive_row_loss(logprob, entropy, take: dict, options: LossOptions):
             c = (-d).clamp(-20, 20)
             rows = rows + w * o.kl_coef * {"k1": d, "k2": d**2 / 2, "k3": c.exp() - c - 1}[o.kl]
         loss_rl = rows.sum()
-        c = -log_ratio.detach()
         metrics |= {
             "policy/rows": zero.detach() + logp.numel(),
             "policy/entropy_sum": H.detach().sum(),
-            "policy/kl_sum": (c.exp() - c - 1).sum(),
+            "policy/kl_sum": (log_ratio.exp() - 1 - log_ratio).detach().sum(),
             "policy/clipped": zero.detach() + clipped.sum(),
             "policy/ratio_max": r.detach().max(),
         }

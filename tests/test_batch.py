@@ -169,6 +169,7 @@ def test_moving_to_a_device_takes_every_tensor_along():
         ({"clip_low": 1.1}, "clip_low=1.1: expected a value in [0, 1]"),
         ({"clip_high": -0.1}, "clip_high=-0.1: expected a value >= 0"),
         ({"dual_clip": 1.0}, "dual_clip=1.0: expected a value above 1"),
+        ({"dual_clip": 3.0, "policy_loss": "cispo"}, "dual_clip=3.0: bounds ppo alone, policy_loss is cispo"),
         ({"importance_cap": 0.0}, "importance_cap=0.0: expected a value above 0"),
         ({"temperature": 0.0}, "temperature=0.0: expected a value above 0"),
         ({"kl_coef": 0.1}, "kl_coef=0.1 needs kl to be one of k1, k2, k3"),

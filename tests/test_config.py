@@ -168,15 +168,22 @@ def test_the_run_directory():
 def test_options_of_the_loss():
     """Every option the operator has is set by the configuration, or by the sampling temperature."""
     loss = Loss(
-        clip_low=0.1, clip_high=0.3, dual_clip=2.0, policy_loss="cispo", kl="k3", kl_coef=0.1, entropy_coef=0.01,
+        clip_low=0.1, clip_high=0.3, dual_clip=None, policy_loss="cispo", kl="k3", kl_coef=0.1, entropy_coef=0.01,
         importance_cap=1.5, nll_weight="shaped", logits_dtype="bfloat16", chunk_tokens=64,
     )  # fmt: skip
     assert loss.options(0.7) == LossOptions(
-        0.1, 0.3, 2.0, "cispo", "k3", 0.1, 0.01, 1.5, "shaped", 0.7, "bfloat16", 64
+        0.1, 0.3, None, "cispo", "k3", 0.1, 0.01, 1.5, "shaped", 0.7, "bfloat16", 64
     )  # fmt: skip
     shapes = {weight: Loss(nll_weight=weight).options(1.0).nll_shape for weight in ("constant", "advantage", "entropy")}
     assert shapes == {"constant": "constant", "advantage": "constant", "entropy": "entropy"}
-    assert Loss().options(1.0) == LossOptions()
+    assert Loss().options(1.0) == LossOptions() and Loss(dual_clip=2.0).options(1.0) == LossOptions(dual_clip=2.0)
+
+
+def test_sft_trains_on_the_plain_likelihood():
+    settings = [("loss.nll_weight", "shaped"), ("rollout.temperature", "0.7")]
+    shapes = {m: load(None, [*settings, ("method", m)]).loss_options() for m in ("scope", "replace", "sft")}
+    assert {m: o.nll_shape for m, o in shapes.items()} == {"scope": "shaped", "replace": "shaped", "sft": "constant"}
+    assert {o.temperature for o in shapes.values()} == {0.7}
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from scope_fast import attention
+from scope_fast.attention import check_packing
 from scope_fast.batch import LossOptions, Segment, TrainSequence, pack, sequence_lengths
 from scope_fast.config import Learner as Settings
 from scope_fast.learner import Learner, check_model, hidden_rows
@@ -407,6 +408,41 @@ def test_models_that_change_the_head_s_output_are_refused_by_name(field, value):
         learner_of(make(**{field: value}))
     for harmless in (None, 1.0) if field != "final_logit_softcapping" else (None,):
         check_model(make(**{field: harmless}))
+
+
+SIZES = {
+    "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 64,
+    "num_hidden_layers": 2,
+}  # fmt: skip
+MIXED = {  # model types whose layers, or some of them, are no attention; what they are refused for
+    "lfm2": ({"layer_types": ["conv", "full_attention"]}, "conv, nn.Conv1d"),
+    "qwen3_next": ({"layer_types": ["linear_attention", "full_attention"]}, "linear_attention, nn.Conv1d"),
+    "minimax": ({"layer_types": ["linear_attention", "full_attention"]}, "linear_attention"),
+    "falcon_h1": ({"mamba_d_ssm": 32, "mamba_n_heads": 2, "mamba_d_head": 16}, "hybrid, nn.Conv1d, nn.Conv1d"),
+}
+
+
+@pytest.mark.parametrize("model_type", MIXED)
+def test_models_that_carry_state_over_a_packed_row_are_refused_by_name(model_type):
+    changed, refused = MIXED[model_type]
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **SIZES | changed))
+    with pytest.raises(ValueError, match=rf"{type(model).__name__}: {refused} would carry state from one sequence"):
+        check_packing(model)
+    if model_type == "minimax":  # the others' heads are refused first, or too
+        with pytest.raises(ValueError, match="would carry state from one sequence to the next"):
+            learner_of(model)
+
+
+def test_a_model_that_takes_no_positions_is_refused():
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("bloom", hidden_size=32, n_layer=1, n_head=2))
+    with pytest.raises(ValueError, match="BloomForCausalLM: takes no position_ids"):
+        check_packing(model)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "llama", "mistral", "gemma3_text", "gpt_oss", "olmo3"])
+def test_models_of_attention_alone_are_not(model_type):
+    with torch.device("meta"):
+        check_packing(AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **SIZES)))
 
 
 def test_a_head_that_is_no_plain_linear_is_refused():

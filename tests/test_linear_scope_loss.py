@@ -130,7 +130,7 @@ def test_metrics_by_hand(place):
     _, metrics = run(
         Case(hidden, torch.eye(2, dtype=place.fine), None, streams).to(place.fine, place.device), place=place
     )
-    kl = [r_inv - 1 - LOG(r_inv) for r_inv in (0.5 / 0.75, 0.7 / 0.75)]
+    kl = [r - 1 - LOG(r) for r in (0.75 / 0.5, 0.75 / 0.7)]  # k3 of KL(old || new): the tokens are old's
     gaps = [LOG(0.75 / 0.7), LOG(0.75 / 0.5)]
     expected = {
         "loss/rl": -1.2 - 2 * 0.75 / 0.7,

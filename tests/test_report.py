@@ -41,7 +41,7 @@ def test_series_have_a_value_or_none_for_each_step():
     assert columns["learner/lr"]["values"][2] == 0.00012346  # five digits
     assert (
         columns["scope/failed"]["unit"] == "count"
-        and columns["scope/failed"]["description"] == "Rollouts with reward 0"
+        and columns["scope/failed"]["description"] == "Rollouts without a reward above 0"
     )
 
 

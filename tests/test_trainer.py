@@ -3,16 +3,20 @@
 import json
 import math
 import time
+from collections import Counter
 from contextlib import ExitStack
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+from factories import trajectory
 
 from scope_fast import train
 from scope_fast.build import build
 from scope_fast.scope.trajectory import Trajectory
 from scope_fast.tasks import score
 from scope_fast.teacher import Reply, SolverTeacher
+from scope_fast.trainer import Trainer
 from scope_fast.verifier import Verifier
 
 SETTINGS = {
@@ -180,6 +184,16 @@ def test_empty_responses_are_failures_that_cannot_be_repaired(stack, tmp_path, m
     written = records(trainer)
     assert len(written) == 40 and [r["response_ids"] for r in written[:2]] == [[end], [newline, end]]
     assert all(r["reward"] == 0.0 and r["repair"] is None and r["trained"] for r in written[:2])
+
+
+def test_what_would_keep_no_step_is_counted():
+    """The first step is wrong, or the only one is the one that is not believed; neither is ever repaired."""
+    wrong_first, wrong_later = trajectory((2, 2), first_error=0), trajectory((2, 2), first_error=1)
+    only_one, all_right = trajectory((4,), first_error=1), trajectory((2, 2), first_error=2)
+    right, unjudged = trajectory((4,), reward=1.0), trajectory((), first_error=None)
+    group = [wrong_first, wrong_later, only_one, all_right, right, unjudged]
+    sums = Trainer._sums(SimpleNamespace(counts=Counter(), done=1), [group], [])
+    assert sums["scope/failed"] == 5 and sums["scope/no_prefix"] == 2
 
 
 def test_two_minibatches_use_old_logprobs_and_stay_close_to_the_policy(stack, tmp_path):

@@ -23,11 +23,12 @@ dtypes = st.sampled_from([torch.float32, torch.bfloat16])
 @st.composite
 def loss_options(draw) -> LossOptions:
     kl = draw(st.sampled_from(["none", "k1", "k2", "k3"]))
+    policy_loss = draw(st.sampled_from(["ppo", "cispo"]))
     return LossOptions(
         clip_low=draw(st.sampled_from([0.1, 0.2, 1.0])),
         clip_high=draw(st.sampled_from([0.2, 0.28, 5.0])),
-        dual_clip=draw(st.sampled_from([None, 1.5, 3.0])),
-        policy_loss=draw(st.sampled_from(["ppo", "cispo"])),
+        dual_clip=draw(st.sampled_from([None, 1.5, 3.0])) if policy_loss == "ppo" else None,
+        policy_loss=policy_loss,
         kl=kl,
         kl_coef=0.0 if kl == "none" else draw(st.sampled_from([0.0, 0.1])),
         entropy_coef=draw(st.sampled_from([0.0, 0.01, -0.1])),

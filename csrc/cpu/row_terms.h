@@ -169,7 +169,7 @@ SCOPE_FAST_INLINE RowTerms<V> row_terms(
   terms.metrics[loss_nll] = is_nll ? likelihood.value : zero;
   terms.metrics[rows] = is_rl ? zero + 1 : zero;
   terms.metrics[entropy_sum] = is_rl ? entropy : zero;
-  terms.metrics[kl_sum] = is_rl ? 1 / policy.ratio - 1 + policy.log_ratio : zero;
+  terms.metrics[kl_sum] = is_rl ? policy.ratio - 1 - policy.log_ratio : zero;
   terms.metrics[clipped_rows] = is_rl && policy.clipped ? zero + 1 : zero;
   terms.metrics[gap_sum] = terms.metrics[gap_max] = is_rl ? gap : zero;
   terms.metrics[ratio_max] = is_rl ? policy.ratio : zero;

@@ -106,7 +106,7 @@ def row_terms(logprob: torch.Tensor, entropy: torch.Tensor, rows: Rows, o: RowOp
 
     ratio = torch.where(rl, log_ratio.exp(), zero)
     gap = zero if rows.rollout_logprob is None else torch.where(rl, (logp - rollout).abs(), zero)
-    old_kl = torch.where(rl, torch.exp(-log_ratio) - 1 + log_ratio, zero)
+    old_kl = torch.where(rl, ratio - 1 - log_ratio, zero)  # k3 of KL(old || new): the tokens are old's
     sums = (loss_rl, loss_nll, rl.to(logp.dtype), h_rl, old_kl, (clipped & rl).to(logp.dtype), gap)
     return RowTerms(loss_rl, loss_nll, g, h, torch.stack((*sums, ratio, gap)))
 

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from scope_fast.attention import check_packing
 from scope_fast.batch import bins
 from scope_fast.ops.step_pool import PrmHead, step_pool
 from scope_fast.prm.formats import Encoded
@@ -53,6 +54,7 @@ class TokenClassifierScorer:
             raise ValueError(f"prm.path: a classifier of {model.config.num_labels} labels, expected 2")
         if type(getattr(model, "score", None)) is not torch.nn.Linear:
             raise ValueError(f"prm.path: {type(model).__name__} has no linear `score` head")
+        check_packing(model)
         self._body, self._budget = model.base_model.eval(), token_budget
         self._context = model.config.max_position_embeddings
         self._head = PrmHead(

@@ -70,6 +70,7 @@ def load(kind: str, folder: str, student, dtype: torch.dtype, device: torch.devi
         head = PrmHead(weight, bias, hidden_weight=hidden, hidden_bias=hidden_bias)
         return InProcessScorer(student, fmt, body, head, token_budget)
     model = AutoModelForCausalLM.from_pretrained(folder, **how).to(device)
+    attention.check_packing(model)
     lm_head = model.get_output_embeddings()
     if field := rescaled_logits(model):
         raise ValueError(f"prm.path: a model with {field} changes its logits after the head")

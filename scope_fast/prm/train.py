@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from scope_fast.attention import check_packing
 from scope_fast.batch import bins
 from scope_fast.config import Data, unescaped
 from scope_fast.data import encode_prompt
@@ -173,6 +174,7 @@ def train(base: str, data: str, out: Path, settings: Settings) -> None:
     with loading("BASE", base):
         tokenizer = AutoTokenizer.from_pretrained(base)
         model = AutoModelForTokenClassification.from_pretrained(base, num_labels=2, dtype=torch.float32).to(device)
+    check_packing(model)
     longest = model.config.max_position_embeddings
     examples, too_long = read_examples(data, tokenizer, longest, settings.step_separator)
     Random(settings.seed).shuffle(examples)
