@@ -51,8 +51,10 @@ def check_packing(model: nn.Module) -> None:
     """
     body, config = model.base_model, model.config.get_text_config()
     mixers = set(getattr(config, "layer_types", None) or ()) - ATTENTIONS
-    if mixers := [*sorted(mixers), *("nn.Conv1d" for m in body.modules() if isinstance(m, nn.Conv1d))][:3]:
-        raise ValueError(f"{type(model).__name__}: {', '.join(mixers)} would carry state from one sequence to the next")
+    mixers |= {"nn.Conv1d" for module in body.modules() if isinstance(module, nn.Conv1d)}
+    if mixers:
+        named = ", ".join(sorted(mixers))
+        raise ValueError(f"{type(model).__name__}: {named} would carry state from one sequence to the next")
     if "position_ids" not in inspect.signature(body.forward).parameters:
         raise ValueError(f"{type(model).__name__}: takes no position_ids, by which packed sequences are told apart")
 

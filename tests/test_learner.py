@@ -418,7 +418,7 @@ MIXED = {  # model types whose layers, or some of them, are no attention; what t
     "lfm2": ({"layer_types": ["conv", "full_attention"]}, "conv, nn.Conv1d"),
     "qwen3_next": ({"layer_types": ["linear_attention", "full_attention"]}, "linear_attention, nn.Conv1d"),
     "minimax": ({"layer_types": ["linear_attention", "full_attention"]}, "linear_attention"),
-    "falcon_h1": ({"mamba_d_ssm": 32, "mamba_n_heads": 2, "mamba_d_head": 16}, "hybrid, nn.Conv1d, nn.Conv1d"),
+    "falcon_h1": ({"mamba_d_ssm": 32, "mamba_n_heads": 2, "mamba_d_head": 16}, "hybrid, nn.Conv1d"),
 }
 
 
