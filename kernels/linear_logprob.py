@@ -24,6 +24,7 @@ from .softmax import (
     merged,
     mm,
     num_processors,
+    online,
     require_triton_dtype,
     row_scale,
     softmax_stats,
@@ -104,13 +105,7 @@ def _stream_kernel(
             acc += tl.load(bias + v, mask=v < size, other=0.0).to(tl.float32)[None, :]
         z = tl.where((v < size)[None, :], acc * scale[:, None], float("-inf"))
         z_target += tl.sum(tl.where(v[None, :] == token[:, None], z, 0.0), 1)
-        new_top = tl.maximum(top, tl.max(z, 1))
-        shrink = tl.exp(top - new_top)
-        gap = z - new_top[:, None]
-        e = tl.exp(gap)
-        u = shrink * (u + (top - new_top) * s) + tl.sum(tl.where(e > 0, gap * e, 0.0), 1)
-        s = shrink * s + tl.sum(e, 1)
-        top = new_top
+        top, s, u = online(top, s, u, z)
     out = partial + split.to(tl.int64) * num_rows + t
     tl.store(out, top, mask=live)
     tl.store(out + plane, s, mask=live)

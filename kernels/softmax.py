@@ -1,7 +1,7 @@
 """A row of logits, on the device: its softmax statistics in one read, and its gradient in place in another.
 
     z = (logit + bias) * scale        scale = 1 / temperature
-    top = max z,  s = sum exp(z - top),  u = sum (z - top) exp(z - top)         (one pass, online)
+    top = max z,  s = sum exp(z - top),  u = sum (z - top) exp(z - top)         (one pass, online, 16 bytes at a time)
     logprob = z[target] - top - log s        entropy = log s - u / s        logsumexp = top + log s
     dlogit = scale * (p * (k - g - h * (log p + entropy)) + g * [target])       (g, h, k: gradients of the three)
 
@@ -51,17 +51,14 @@ def load_logits(row, bias, column, size, scale):
 
 @triton.jit
 def online(top, s, u, z):
-    """Running (max, sum, weighted sum) with z joined to them, lane by lane, for one exponential.
-
-    Of exp(top - new_top) and exp(z - new_top) one is always 1; the other is exp(-|z - top|) either way.
-    """
-    d = z - top
+    """Running (max, sum, weighted sum), (N,) each, with z (N, K) joined to them: moved to a new maximum once for K."""
+    new_top = tl.maximum(top, tl.max(z, 1))
+    shrink = tl.exp(top - new_top)
+    u = shrink * (u + (top - new_top) * s)
+    d = z - new_top[:, None]
     d = tl.where(d < -1e30, -1e30, d)  # an excluded token (-inf) adds 0 * 1e30, not NaN
-    x = tl.exp(-tl.abs(d))
-    rises = d > 0
-    u = tl.where(rises, x * (u - d * s), u + d * x)
-    s = tl.where(rises, x * s + 1.0, s + x)
-    return tl.where(rises, z, top), s, u
+    e = tl.exp(d)
+    return new_top, shrink * s + tl.sum(e, 1), u + tl.sum(d * e, 1)
 
 
 @triton.jit
@@ -76,11 +73,14 @@ def merged(top, s, u, axis: tl.constexpr):
 @triton.jit
 def softmax_stats(row, bias, size, scale, BLOCK: tl.constexpr):
     """(top, log s, entropy) of one row of logits."""
-    top = tl.full([BLOCK], LOWEST, tl.float32)
-    s = tl.zeros([BLOCK], tl.float32)
-    u = tl.zeros([BLOCK], tl.float32)
+    VECTOR: tl.constexpr = 128 // row.dtype.element_ty.primitive_bitwidth  # what a thread loads at once
+    LANES: tl.constexpr = BLOCK // VECTOR
+    column = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+    top = tl.full([LANES], LOWEST, tl.float32)
+    s = tl.zeros([LANES], tl.float32)
+    u = tl.zeros([LANES], tl.float32)
     for start in range(0, size, BLOCK):
-        top, s, u = online(top, s, u, load_logits(row, bias, start + tl.arange(0, BLOCK), size, scale))
+        top, s, u = online(top, s, u, load_logits(row, bias, start + column, size, scale))
     row_top, row_s, row_u = merged(top, s, u, 0)
     log_s = tl.log(row_s)
     return row_top, log_s, log_s - row_u / row_s
