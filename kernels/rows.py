@@ -76,7 +76,7 @@ def row_terms(logprob, entropy, at, mask, streams, o):
     rollout = tl.where(is_rl, load_or(streams.rollout_logprob, at, mask, logprob), 0.0)
     difference = logp - old
     if streams.old_logprob is None:
-        difference = tl.zeros_like(logp)  # not logp - logp: that is NaN for -inf
+        difference = tl.where(logp != logp, logp, 0.0)  # not logp - logp: that is NaN for -inf too
     loss, g, log_ratio, clipped = policy_terms(logp, difference, old, rollout, advantage, weight, o)
 
     ref = tl.where(is_rl, load_or(streams.ref_logprob, at, mask, logprob), 0.0)

@@ -26,7 +26,7 @@ from scope_fast.ops import reference
 from scope_fast.ops.linear_scope_loss import find_active
 from scope_fast.ops.options import RowOptions, encode
 
-on_places = places("linear_scope_loss")
+on_places = places("linear_scope_loss", cuda="linear_scope_loss_rows")
 REFERENCE = Place("reference")
 
 
@@ -390,9 +390,11 @@ def test_bf16_logprobs_keep_float32_logits(place):
 
 @on_places
 @pytest.mark.parametrize("where", ["hidden", "one logit"])
-def test_nan_shows_in_the_loss(place, where):
+@pytest.mark.parametrize("segment", [1, 2], ids=["policy, on policy", "likelihood"])
+def test_nan_shows_in_the_loss(place, where, segment):
     """A NaN that reaches an active row is never averaged, clamped or maxed away, not even in one logit of many."""
-    case = make_case(T=3, V=5000, segments=(2,), bias=True)
+    case = make_case(T=3, V=5000, segments=(segment,), bias=True, on_policy=True)
+    case = case.with_streams(advantage=torch.ones(3))
     with torch.no_grad():
         (case.hidden[1] if where == "hidden" else case.bias[4500:4501]).fill_(math.nan)
     case = case.to(place.fine, place.device)
@@ -402,9 +404,11 @@ def test_nan_shows_in_the_loss(place, where):
 
 
 @on_places
-def test_target_out_of_range_is_nan_not_a_neighbour(place):
-    case = make_case(T=4, segments=(2,))
-    case = case.with_streams(target=torch.tensor([1, 19, 2, 3]))
+@pytest.mark.parametrize("segment", [1, 2], ids=["policy, on policy", "likelihood"])
+def test_target_out_of_range_is_nan_not_a_neighbour(place, segment):
+    """On policy too, where the loss is minus the advantage whatever the log-probability."""
+    case = make_case(T=4, segments=(segment,), on_policy=True)
+    case = case.with_streams(target=torch.tensor([1, 19, 2, 3]), advantage=torch.ones(4), loss_weight=torch.ones(4))
     assert run(case.to(place.fine, place.device), place=place)[0].isnan()
 
 

@@ -12,6 +12,7 @@
 #include <bit>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <utility>
 
 #if defined(__GNUC__) && !defined(__clang__)
@@ -118,6 +119,19 @@ SCOPE_FAST_INLINE Vec<uint32_t, BYTES> bfloat16_bits(Vec<float, BYTES> x) {
   const U bits = std::bit_cast<U>(x);
   const U rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   return x == x ? rounded : (bits >> 16) | 0x40;
+}
+
+constexpr float kMaxExponent = 88.0f;  // exp_of ends here, at 1.7e38
+
+// exp as row_terms.h wants it of a vector: infinite where exp_of ends
+template <class V>
+SCOPE_FAST_INLINE V exponential(V x) {
+  if constexpr (sizeof(x[0]) == sizeof(double)) {
+    return exp_of<sizeof(V)>(x);
+  } else {
+    const V within = x > kMaxExponent ? V{} : x;
+    return x > kMaxExponent ? V{} + std::numeric_limits<float>::infinity() : exp_of<sizeof(V)>(within);
+  }
 }
 
 template <int DISTANCE, bool HIGH, class V, size_t... LANE>

@@ -121,7 +121,8 @@ def policy_terms(
     on_policy: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Clipped policy objective of RL rows: (loss, dloss/dl, log ratio, clipped branch taken), all (T,)."""
-    difference = torch.zeros_like(logp) if on_policy else logp - old
+    # on policy not logp - logp: that is NaN for -inf; but a missing value shows
+    difference = torch.where(logp.isnan(), logp, 0.0) if on_policy else logp - old
     log_ratio = difference.clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
     ratio = log_ratio.exp()
     bounded = ratio.clamp(1 - o.clip_low, 1 + o.clip_high)
