@@ -149,7 +149,7 @@ def our_variants(spec: Spec, backend: str) -> list[Variant]:
     idle = f"{spec.shape[0] // 2} rows of advantage 0: no gradient"
     streaming = {"chunk_tokens": 0, "logits_dtype": "float32"}
     extra = [our_variant(spec, backend, ", streaming", "plain", "no logits", multiple=8, **streaming)]
-    return (extra if backend == "triton" else []) + [
+    return (extra if spec.device == "cuda" else []) + [
         variant
         for dtype in logits
         for variant in (
@@ -177,7 +177,8 @@ def variants(spec: Spec) -> list[Variant]:
     found = limits(spec) if "time" in spec.measures else []
     # on a GPU the reference's chunks take a second, twenty times ours: rounds of which nothing is learned
     reference = spec.case != "variations" and spec.device == "cpu"
-    found += harness.ours(STEM, spec.device, lambda b: our_variants(spec, b), reference=reference)
+    chosen = spec.case == "variations" and spec.device == "cuda"
+    found += harness.ours(STEM, spec.device, lambda b: our_variants(spec, b), reference=reference, chosen=chosen)
     eager = peers.loss_variants(spec)
     return found + (eager if spec.peers else eager[:1] if spec.case != "variations" else [])
 

@@ -146,14 +146,19 @@ def available_backends(stem: str, device: str) -> tuple[list[str], dict[str, str
     return usable, missing
 
 
-def ours(stem: str, device: str, make: Callable[[str], list[Variant]], reference: bool = True) -> list[Variant]:
+def ours(
+    stem: str, device: str, make: Callable[[str], list[Variant]], reference: bool = True, chosen: bool = False
+) -> list[Variant]:
     """The variants make(backend) of every backend, unavailable ones included with their reason.
 
-    reference=False leaves the plain PyTorch backend out where another one runs.
+    reference=False leaves the plain PyTorch backend out where another one runs; chosen=True all but the one that is
+    chosen where none is named.
     """
     usable, missing = available_backends(stem, device)
     if not reference and len(usable) > 1:
         usable.remove("reference")
+    if chosen:
+        usable = [dispatch.resolve(stem, dispatch.AUTO, device)]
     variants = [variant for backend in usable for variant in make(backend)]
     return variants + [
         Variant(f"{OURS} {backend}", "ours", prepare=lambda problem: None, missing=reason)

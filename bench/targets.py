@@ -166,9 +166,10 @@ def gpu_head_targets(record: dict, case: dict) -> Iterator[tuple]:
     rows = rows_of(record, "linear_scope_loss", case["case"], "bfloat16", shape)
     device = record["environment"]["device"]
     for logits, logits_bytes in (("fp32", 4), ("bf16", 2)):
-        ours = f"scope_fast triton, {logits} logits"
+        backend = "cuda" if f"scope_fast cuda, {logits} logits" in rows else "triton"  # what is chosen
+        ours = f"scope_fast {backend}, {logits} logits"
         if case["case"] == "variations":
-            half, frozen = (f"scope_fast triton, {v}, {logits} logits" for v in ("half", "frozen head"))
+            half, frozen = (f"scope_fast {backend}, {v}, {logits} logits" for v in ("half", "frozen head"))
             yield f"{name} {logits} logits: half of the rows zero-gradient / all", over(rows, half, ours), 0.6
             yield f"{name} {logits} logits: frozen head / trained", over(rows, frozen, ours), 0.75
             small = next((r for r in rows if ", chunk " in r and r.endswith(f"{logits} logits")), "")

@@ -10,6 +10,10 @@ TORCH_LIBRARY(scope_fast_native, m) {
       "Tensor rows, float[] options, str logits_dtype, int chunk_tokens, bool need_dhidden, bool need_dweight, "
       "bool need_dbias) -> (Tensor loss, Tensor metrics, Tensor dhidden, Tensor dweight, Tensor dbias)");
   m.def(
+      "linear_scope_loss_rows(Tensor logits, Tensor(a!)? dlogits, Tensor? bias, Tensor index, Tensor target, "
+      "Tensor segment, Tensor loss_weight, Tensor? old_logprob, Tensor? advantage, Tensor? ref_logprob, "
+      "Tensor? rollout_logprob, Tensor? temperature, float[] options, Tensor(b!) table, int first_column) -> ()");
+  m.def(
       "scope_loss(Tensor logprob, Tensor? entropy, Tensor segment, Tensor loss_weight, Tensor? old_logprob, "
       "Tensor? advantage, Tensor? ref_logprob, Tensor? rollout_logprob, float[] options) "
       "-> (Tensor loss, Tensor metrics, Tensor g, Tensor h)");

@@ -1,7 +1,8 @@
 """linear_scope_loss: per chunk of rows, logits = x W^T; one kernel turns them into dlogits in place; dX and dW.
 
 6*T*V*D flops on the vendor's matmuls, and per logit 10 bytes of the row kernel's own (float32 logits: two reads and
-the bfloat16 gradient; 6 with bfloat16 logits), of which the second read partly hits L2. dW accumulates in float32.
+the bfloat16 gradient; 6 with bfloat16 logits), of which the second read partly hits L2; the row kernel of csrc/cuda,
+where there is one, reads them once (6 and 4). dW accumulates in float32.
 The streaming mode (chunk_tokens=0) trades 8 flops for scratch: statistics without any logits, then the gradient by
 vocabulary tiles of STREAM_BYTES.
 """
@@ -31,6 +32,7 @@ from .softmax import (
 )
 
 SCALE_BLOCK = 8192
+CLUSTER_BYTES = 8 * (220 << 10)  # the longest row of logits that csrc/cuda/linear_scope_loss.cuh can hold
 
 
 @triton.jit(do_not_specialize=["first", "num_rows"])  # they differ from step to step
@@ -74,11 +76,13 @@ def linear_scope_loss(
     logits_dtype: str,
     chunk_tokens: int,
     needs: tuple[bool, bool, bool],
+    clusters: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(loss, metrics (9,), dhidden (T, D), dweight (V, D), dbias (V)) over the rows `index`.
 
     rows: ops.reference.Rows; options: ops.options.RowOptions; index (A,) int64, ascending; hidden (T, D), weight (V, D)
-    and bias (V): bfloat16 or float32. A gradient that is not needed has shape (0,).
+    and bias (V): bfloat16 or float32. A gradient that is not needed has shape (0,). clusters: csrc/cuda's row kernel in
+    the place of the one here, but for rows longer than CLUSTER_BYTES.
     """
     require_triton_dtype("hidden", hidden)
     bias, index = None if bias is None else bias.contiguous(), index.contiguous()
@@ -91,17 +95,20 @@ def linear_scope_loss(
         chunk_tokens = plan.chunk_rows(num_rows, dim, size * kept.itemsize, num_processors(device), budget)
     chunk_tokens = max(1, min(chunk_tokens, num_rows))
     grads = Gradients(hidden, weight, needs, dense=num_rows == hidden.shape[0], once=chunk_tokens >= num_rows)
-    table = _by_chunks(hidden, weight, bias, rows, index, options, kept, chunk_tokens, grads)
+    launch = _cluster_rows if clusters and size * kept.itemsize <= CLUSTER_BYTES else _rows
+    table = _by_chunks(hidden, weight, bias, rows, index, options, kept, chunk_tokens, grads, launch)
     metrics = reduce_table(table)
     return metrics[0] + metrics[1], metrics, *grads.result()  # dW is cast where the logits were
 
 
-def _by_chunks(hidden, weight, bias, rows, index, options, kept, chunk_tokens: int, grads) -> torch.Tensor:
-    """The metrics of every row, (NUM_METRICS, A); the gradients go into grads."""
+def _by_chunks(hidden, weight, bias, rows, index, options, kept, chunk_tokens: int, grads, launch) -> torch.Tensor:
+    """The metrics of every row, (NUM_METRICS, A); the gradients go into grads. launch: of the row kernel."""
     num_rows, size, device = index.numel(), weight.shape[0], hidden.device
     table = torch.empty(NUM_METRICS, num_rows, dtype=torch.float32, device=device)
     streams = kernel_streams(rows)
-    target, temperature = rows.target.contiguous(), _temperature(rows)
+    shared = (rows.target.contiguous(), streams, _temperature(rows), options, table)
+    if launch is _cluster_rows:
+        bias = narrow(bias)
     logits, dlogits = logit_buffer(chunk_tokens, size, kept, hidden.dtype, device)
     for first in range(0, num_rows, chunk_tokens):
         chunk = index[first : first + chunk_tokens]
@@ -109,13 +116,26 @@ def _by_chunks(hidden, weight, bias, rows, index, options, kept, chunk_tokens: i
         x = hidden[first : first + n] if grads.dense else hidden.index_select(0, chunk)
         z, dz = logits[:n], dlogits[:n]
         mm(x, weight.T, z)
-        _linear_scope_loss_kernel[(n,)](
-            z, dz, bias, target, streams, temperature, chunk, options, table, first, num_rows, size,
-            z.stride(0), dz.stride(0), GRADIENT=any(grads.needs), ENTROPY=options.entropy_coef != 0, BLOCK=BLOCK,
-            num_warps=NUM_WARPS, enable_fp_fusion=True,
-        )  # fmt: skip
+        launch(z, dz, bias, chunk, first, any(grads.needs), *shared)
         grads.add(x, dz, weight, chunk, first)
     return table
+
+
+def _rows(z, dz, bias, index, first: int, gradient: bool, target, streams, temperature, options, table) -> None:
+    """A chunk's logits z (C, V) -> columns `first` on of the table, and where asked dlogits dz (C, V)."""
+    (num_rows, size), columns = z.shape, table.shape[1]
+    _linear_scope_loss_kernel[(num_rows,)](
+        z, dz, bias, target, streams, temperature, index, options, table, first, columns, size,
+        z.stride(0), dz.stride(0), GRADIENT=gradient, ENTROPY=options.entropy_coef != 0, BLOCK=BLOCK,
+        num_warps=NUM_WARPS, enable_fp_fusion=True,
+    )  # fmt: skip
+
+
+def _cluster_rows(z, dz, bias, index, first: int, gradient: bool, target, streams, temperature, options, table) -> None:
+    """The same by csrc/cuda/linear_scope_loss.cuh."""
+    torch.ops.scope_fast_native.linear_scope_loss_rows(
+        z, dz if gradient else None, bias, index, target, *streams, temperature, options, table, first
+    )
 
 
 @triton.jit

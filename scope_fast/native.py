@@ -10,6 +10,11 @@ the private kernels those ops call when the backend is "cpu" or "cuda":
         -> (Tensor loss, Tensor metrics, Tensor dhidden, Tensor dweight, Tensor dbias)
         rows: int64, the active rows, always given. options: `ops.options.RowOptions`. metrics: `ops.options.METRICS`.
         chunk_tokens -1: chosen by the kernel. A gradient that is not needed is an empty tensor of shape (0,).
+    linear_scope_loss_rows(Tensor logits, Tensor(a!)? dlogits, Tensor? bias, Tensor index, Tensor target,
+        Tensor segment, Tensor loss_weight, Tensor? old_logprob, Tensor? advantage, Tensor? ref_logprob,
+        Tensor? rollout_logprob, Tensor? temperature, float[] options, Tensor(b!) table, int first_column) -> ()
+        the row kernel alone, on CUDA. logits, dlogits (N, V): rows that start on 16 elements and are padded to them, in
+        memory of their own or dlogits over the logits; index (N,): rows of the streams; table (9, A): METRICS by row.
     scope_loss(Tensor logprob, Tensor? entropy, Tensor segment, Tensor loss_weight, Tensor? old_logprob,
         Tensor? advantage, Tensor? ref_logprob, Tensor? rollout_logprob, float[] options)
         -> (Tensor loss, Tensor metrics, Tensor g, Tensor h)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from scope_fast import LossOptions, PrmHead, TokenStreams, linear_logprob, linear_scope_loss, step_pool
+from scope_fast import LossOptions, PrmHead, TokenStreams, linear_logprob, linear_scope_loss, native, step_pool
 
 pytestmark = [
     pytest.mark.gpu,
@@ -27,8 +27,9 @@ def problem(T: int, D: int, V: int, dtype: torch.dtype = torch.bfloat16):
     return hidden, weight, streams
 
 
-def step(hidden, weight, streams, **kwargs):
-    loss, metrics = linear_scope_loss(hidden, weight, streams, LossOptions(entropy_coef=0.01, **kwargs))
+def step(hidden, weight, streams, backend=None, **kwargs):
+    options = LossOptions(entropy_coef=0.01, **kwargs)
+    loss, metrics = linear_scope_loss(hidden, weight, streams, options, backend=backend)
     loss.backward()
     return loss, metrics
 
@@ -56,12 +57,16 @@ def test_logits_of_more_than_two_to_the_31_elements():
     torch.testing.assert_close(whole, alone, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
 @pytest.mark.parametrize("logits_dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("V", [33024, 33001])
-def test_rows_of_many_blocks_against_float64(V, logits_dtype):
-    """The gradient goes over the logits it is made of, block by block, in whole vectors: against something else."""
+@pytest.mark.parametrize("V", [33024, 33001, 150_001])
+def test_rows_of_many_blocks_against_float64(V, logits_dtype, backend):
+    """The gradient goes over the logits it is made of, block by block, in whole vectors; of the CUDA kernel's rows the
+    clusters have one, two, four and eight blocks: against something else."""
+    if backend == "cuda" and not native.has("linear_scope_loss_rows", "cuda"):
+        pytest.skip("this build has no CUDA kernels")
     hidden, weight, streams = problem(300, 256, V)
-    loss, metrics = step(hidden, weight, streams, logits_dtype=logits_dtype)
+    loss, metrics = step(hidden, weight, streams, backend, logits_dtype=logits_dtype)
     found = [loss.detach(), *take_gradients(hidden, weight)]
     exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
     truth, _ = linear_scope_loss(*exact, streams, LossOptions(entropy_coef=0.01), backend="reference")

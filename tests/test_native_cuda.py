@@ -14,15 +14,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from opcases import OPTIONS, is_active, make_case, naive_row_loss
 from torch.utils.cpp_extension import COMMON_NVCC_FLAGS, include_paths
 
+from scope_fast import LossOptions
 from scope_fast.ops import reference
+from scope_fast.ops.options import METRICS, encode
 
 ROOT = Path(__file__).parent.parent
 STANDIN = ROOT / "tests" / "cuda_on_cpu"
 ELEMENTS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]  # in the order of csrc/cuda's Element
 BITS = {1: 4, 2: 5, 4: 6, 8: 7}  # element size -> Element
-KERNELS = len(ELEMENTS) ** 2 + 1  # step_pool by the types of hidden and weight; weight_bucket's one
+KERNELS = len(ELEMENTS) ** 2 + 1 + 3  # step_pool by the types of hidden and weight; weight_bucket's; the row kernel's
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs the CUDA toolkit (nvcc is not on PATH)"),
@@ -45,7 +48,8 @@ def compile_with(*command, source: Path) -> str:
 @pytest.mark.parametrize("target", ["sm_80", "sm_90a"])
 def test_device_code_compiles_without_spills(tmp_path, target):
     source = tmp_path / "kernels.cu"
-    source.write_text('#include "cuda/step_pool.cuh"\n#include "cuda/weight_bucket.cuh"\n')
+    files = sorted((ROOT / "csrc/cuda").glob("*_*.cuh"))
+    source.write_text("".join(f'#include "cuda/{path.name}"\n' for path in files))
     log = compile_with(
         "nvcc", "-std=c++17", "-O3", f"-arch={target}", "-Xptxas", "-v", *COMMON_NVCC_FLAGS, "-I", ROOT / "csrc",
         "-c", "-o", tmp_path / "kernels.o", source=source,
@@ -55,6 +59,8 @@ def test_device_code_compiles_without_spills(tmp_path, target):
     assert spills == [("0", "0", "0")] * KERNELS
     registers = [int(count) for count in re.findall(r"Used (\d+) registers", log)]
     assert len(registers) == KERNELS and max(registers) <= 64  # two blocks of 512 threads on a multiprocessor
+    rows = re.findall(r"entry function '\S*linear_scope_loss_kernel.*?Used (\d+) registers", log, re.S)
+    assert len(rows) == 3 and max(map(int, rows)) <= 80  # three blocks of 256
 
 
 def test_torch_files_compile(tmp_path):
@@ -83,7 +89,8 @@ def kernels(tmp_path_factory) -> ctypes.CDLL:
     p, i32, i64, f32 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
     loaded.step_pool.argtypes = [p, i32, p, i32, p, p, p, i64, i64, i64, i32, i32, f32, p, p, p, p, p, p]
     loaded.weight_bucket.argtypes = [p, i64]
-    loaded.step_pool.restype = loaded.weight_bucket.restype = i64
+    loaded.linear_scope_loss_rows.argtypes = [p, i32, p, i32, *[p] * 12, *[i64] * 6]
+    loaded.step_pool.restype = loaded.weight_bucket.restype = loaded.linear_scope_loss_rows.restype = i64
     return loaded
 
 
@@ -155,6 +162,96 @@ def test_step_pool_of_nothing(kernels):
     assert step_pool(kernels, torch.ones(1, 8), torch.ones(2, 8), None, nothing, torch.tensor([0]))[1] == 0
     out, launches = step_pool(kernels, torch.ones(1, 8), torch.ones(2, 8), None, nothing, torch.tensor([0, 0]))
     assert launches == 1 and [x.tolist() for x in out] == [[], [0], [0.0], [0.0], [0.0], [0.0]]
+
+
+def row_kernel(kernels, logits, streams, index, options, grad_dtype, bias=None, first_column=0):
+    """(table, dlogits) of linear_scope_loss's row kernel, dlogits over the logits as in kernels/softmax.logit_buffer;
+    what is between two rows is NaN before, and the table's other columns are -1."""
+    N, V = logits.shape
+    stride = -(-V // 16) * 16
+    buffer = torch.full((N, stride), math.nan, dtype=logits.dtype)
+    buffer[:, :V] = logits
+    wide = logits.dtype.itemsize // grad_dtype.itemsize
+    dlogits = buffer.view(grad_dtype)[:, (wide - 1) * stride :][:, :V]
+    table = torch.full((len(METRICS), first_column + N + 1), -1.0)
+    held = [None if x is None else x.float() for x in (
+        bias, streams.loss_weight, streams.old_logprob, streams.advantage, streams.ref_logprob,
+        streams.rollout_logprob, streams.temperature, torch.tensor(encode(options)),
+    )]  # fmt: skip
+    bias, *floats = (None if x is None else x.data_ptr() for x in held)
+    launches = kernels.linear_scope_loss_rows(
+        buffer.data_ptr(), ELEMENTS.index(logits.dtype), dlogits.data_ptr(), ELEMENTS.index(grad_dtype), bias,
+        index.data_ptr(), streams.target.data_ptr(), streams.segment.data_ptr(), *floats, table.data_ptr(),
+        N, V, stride, dlogits.stride(0), first_column, table.shape[1],
+    )  # fmt: skip
+    assert launches == 1
+    return table, dlogits
+
+
+def naive_rows(logits, streams, index, options, bias=None):
+    """(metrics, dlogits) in float64 by autograd."""
+    take = {k: None if v is None else v[index] for k, v in vars(streams).items() if k != "active"}
+    z = logits.double().requires_grad_()
+    default = torch.where(take["segment"] == 1, options.temperature, 1.0)
+    temperature = default if take["temperature"] is None else take["temperature"]
+    log_p = ((z if bias is None else z + bias.double()) / temperature.double()[:, None]).log_softmax(1)
+    finite = log_p.clamp(min=-1e30)
+    logprob, entropy = log_p.gather(1, take["target"][:, None])[:, 0], -(finite.exp() * finite).sum(1)
+    active = is_active(streams, options)[index]
+    loss, metrics = naive_row_loss(
+        logprob[active], entropy[active], {k: None if v is None else v[active] for k, v in take.items()}, options
+    )
+    loss.backward()
+    return metrics, z.grad
+
+
+PAIRS = [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32)]
+
+
+@pytest.mark.parametrize("options", ["ppo", "all", "all_cispo", "temperature"])
+@pytest.mark.parametrize(("logit_dtype", "grad_dtype"), PAIRS, ids=str)
+@pytest.mark.parametrize("V", [5, 1000, 25_001, 152_064])  # of a block, of one and two blocks, of four and eight
+def test_row_kernel_is_autograd(kernels, V, logit_dtype, grad_dtype, options):
+    T = 12 if V < 100_000 else 3
+    case = make_case(T, 3, V, temperature=options == "all", on_policy=options == "temperature", seed=V)
+    r = torch.Generator().manual_seed(V)
+    logits = (4 * torch.randn(T - 1, V, generator=r)).to(logit_dtype)
+    bias = torch.randn(V, generator=r) if options == "all_cispo" else None
+    index = torch.randperm(T, generator=r)[: T - 1].sort().values
+    table, dlogits = row_kernel(
+        kernels, logits, case.streams, index, OPTIONS[options], grad_dtype, bias, first_column=3
+    )
+    metrics, true = naive_rows(logits, case.streams, index, OPTIONS[options], bias)
+    assert (table[:, :3] == -1).all() and (table[:, T + 2 :] == -1).all()
+    rows = table[:, 3 : T + 2]
+    found = [*rows[:7].double().sum(1), *rows[7:].max(1).values]
+    for name, value in zip(METRICS, found, strict=True):
+        assert value.item() == pytest.approx(metrics[name].item(), rel=2e-5, abs=1e-5), name
+    rounding = 4e-3 if grad_dtype == torch.bfloat16 else 3e-6
+    assert (dlogits.double() - true).norm() <= rounding * true.norm()
+
+
+def test_row_kernel_keeps_what_is_missing_visible(kernels):
+    """NaN and +inf logits, a target outside the vocabulary and a stream that is not there: NaN, in that row alone.
+    Excluded tokens (-inf) have gradient 0; a row of nothing else is NaN."""
+    case = make_case(6, 3, 40, segments=(1,))
+    streams = case.with_streams(loss_weight=torch.ones(6), advantage=torch.ones(6)).streams
+    logits = torch.randn(6, 40, generator=torch.Generator().manual_seed(0))
+    logits[1, 7], logits[2, 9], logits[3, ::2], logits[4] = math.nan, math.inf, -math.inf, -math.inf
+    streams.target[:] = torch.tensor([1, 1, 1, 1, 1, 40])
+    table, dlogits = row_kernel(kernels, logits, streams, torch.arange(6), OPTIONS["entropy"], torch.float32)
+    bad = torch.tensor([False, True, True, False, True, True])
+    assert torch.equal(table[0, :6].isnan(), bad) and torch.equal(dlogits.isnan().all(1), bad)
+    assert (dlogits[3, ::2] == 0).all() and dlogits[~bad].isfinite().all()
+    without = case.with_streams(advantage=None).streams
+    table, dlogits = row_kernel(kernels, logits[:1], without, torch.tensor([0]), LossOptions(), torch.float32)
+    assert table[0, 0].isnan() and dlogits.isnan().all()
+
+
+def test_row_kernel_refuses_rows_beyond_a_cluster(kernels):
+    case = make_case(1, 3, 5)
+    with pytest.raises(AssertionError):
+        row_kernel(kernels, torch.zeros(1, 460_000), case.streams, torch.tensor([0]), LossOptions(), torch.float32)
 
 
 class Piece(ctypes.Structure):

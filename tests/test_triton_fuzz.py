@@ -56,7 +56,7 @@ def close_to(ours: torch.Tensor, theirs: torch.Tensor, dtype: torch.dtype) -> No
     torch.testing.assert_close(ours.cpu().double(), theirs.cpu().double(), rtol=0, atol=slack)
 
 
-@places("linear_scope_loss", reference=False)
+@places("linear_scope_loss", reference=False, cuda="linear_scope_loss_rows")
 @given(case=cases(), options=loss_options(), dtype=dtypes, given_rows=st.booleans())
 @fuzzed
 def test_fuzz_linear_scope_loss(place, case, options, dtype, given_rows):

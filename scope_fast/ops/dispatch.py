@@ -1,7 +1,8 @@
 """Which backend runs an op: asked for by name, or chosen by device. The one place that knows.
 
     reference  plain PyTorch, any device                  triton  CUDA and ROCm tensors (CPU under TRITON_INTERPRET=1)
-    cpu        the compiled extension on CPU tensors    cuda    the compiled extension on CUDA tensors
+    cpu        the compiled extension on CPU tensors    cuda    the compiled extension on CUDA tensors (of
+               linear_scope_loss the row kernel alone, in the place of Triton's, from compute capability 9.0 on)
 
 `backend="cpu"` of a stem that has no C++ kernel by design is the reference.
 """
@@ -27,7 +28,7 @@ AUTO = ""  # the schema's word for backend=None
 # the native kernels a backend needs, by stem; an empty tuple: the stem has none and the reference serves
 _NATIVE = {
     "linear_logprob": {"cpu": ("linear_logprob", "linear_logprob_backward")},
-    "linear_scope_loss": {"cpu": ("linear_scope_loss",)},
+    "linear_scope_loss": {"cpu": ("linear_scope_loss",), "cuda": ("linear_scope_loss_rows",)},
     "scope_loss": {"cpu": ("scope_loss",)},
     "step_pool": {"cpu": (), "cuda": ("step_pool",)},
     "step_pool_mlp": {"cpu": ()},  # the head with a hidden layer is a matmul: Triton's, not csrc/cuda's
@@ -36,6 +37,8 @@ _NATIVE = {
 # the module of kernels/ that serves a stem
 _TRITON = {stem: stem for stem in ("linear_logprob", "linear_scope_loss", "scope_loss", "step_pool", "weight_bucket")}
 _TRITON["step_pool_mlp"] = "step_pool"
+_CUDA_FIRST = ("linear_scope_loss", "weight_bucket")  # where csrc/cuda is faster than kernels/ (bench/NOTES.md)
+CLUSTERS = (9, 0)  # the compute capability that has them
 
 
 @functools.cache
@@ -50,9 +53,9 @@ def resolve(stem: str, backend: str, device_type: str) -> str:
         if missing := _missing(stem, backend, device_type):
             raise RuntimeError(f"{stem}: backend={backend!r} is unavailable for {device_type} tensors: {missing}")
         return "reference" if backend == "cpu" and not _NATIVE[stem]["cpu"] else backend
-    order = ("cpu",) if device_type == "cpu" else ("triton", "cuda")
-    if stem == "weight_bucket" and device_type != "cpu":
-        order = ("cuda", "triton")
+    order = ("cuda", "triton") if stem in _CUDA_FIRST else ("triton", "cuda")
+    if device_type == "cpu":
+        order = ("cpu",)
     reasons = []
     for candidate in order:
         missing = _missing(stem, candidate, device_type)
@@ -85,9 +88,17 @@ def _missing(stem: str, backend: str, device_type: str) -> str:
     if device_type != backend:
         return f"it takes {backend} tensors"
     names = _NATIVE[stem][backend]
-    if all(native.has(name, device_type) for name in names):
-        return ""
-    return native.MISSING if not native.load() else f"scope_fast._native was built without {backend} kernels"
+    if not all(native.has(name, device_type) for name in names):
+        return native.MISSING if not native.load() else f"scope_fast._native was built without {backend} kernels"
+    return _missing_around_rows(device_type) if (stem, backend) == ("linear_scope_loss", "cuda") else ""
+
+
+def _missing_around_rows(device_type: str) -> str:
+    """What the row kernel of csrc/cuda needs beside itself."""
+    capability = min((torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())), default=(0, 0))
+    if capability < CLUSTERS:
+        return f"its clusters need compute capability 9.0 or later, and a GPU here has {'.'.join(map(str, capability))}"
+    return _missing_triton("linear_scope_loss", device_type)
 
 
 def _missing_triton(stem: str, device_type: str) -> str:

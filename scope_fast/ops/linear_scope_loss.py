@@ -57,10 +57,12 @@ def linear_scope_loss_op(
     index = find_active(rows, active, row_options)
     needs = (need_dhidden, need_dweight, need_dbias)
     with dispatch.body(hidden):
-        if backend == "triton":
+        if backend in ("triton", "cuda"):
             from scope_fast.kernels.linear_scope_loss import linear_scope_loss
 
-            return linear_scope_loss(hidden, weight, bias, rows, index, row_options, logits_dtype, chunk_tokens, needs)
+            return linear_scope_loss(
+                hidden, weight, bias, rows, index, row_options, logits_dtype, chunk_tokens, needs, backend == "cuda"
+            )
         if backend == "cpu":
             return torch.ops.scope_fast_native.linear_scope_loss(
                 hidden, weight, bias, *rows, index, options, logits_dtype, chunk_tokens, *needs
@@ -123,7 +125,7 @@ def scaled_op(x: Tensor, factor: Tensor, backend: str) -> Tensor:
     if x.device.type == "cpu":
         return x * factor.reshape(())  # a 0-dim factor leaves the dtype alone, and is not rounded to it first
     with dispatch.body(x):
-        if x.dtype != torch.float64 and dispatch.resolve(STEM, backend, x.device.type) == "triton":
+        if x.dtype != torch.float64 and dispatch.resolve(STEM, backend, x.device.type) != "reference":
             from scope_fast.kernels.linear_scope_loss import scaled
 
             return scaled(x.contiguous(), factor)
