@@ -148,8 +148,8 @@ def our_variants(spec: Spec, backend: str) -> list[Variant]:
         return [our_variant(spec, backend, "", "scope", logits_dtype=dtype) for dtype in logits]
     idle = f"{spec.shape[0] // 2} rows of advantage 0: no gradient"
     streaming = {"chunk_tokens": 0, "logits_dtype": "float32"}
-    extra = [our_variant(spec, backend, ", streaming", "plain", "no logits", multiple=8, **streaming)]
-    return (extra if spec.device == "cuda" else []) + [
+    extra = [our_variant(spec, "triton", ", streaming", "plain", "no logits", multiple=8, **streaming)]
+    return (extra if backend in ("triton", "cuda") else []) + [  # Triton's under either name
         variant
         for dtype in logits
         for variant in (

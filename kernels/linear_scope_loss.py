@@ -32,7 +32,7 @@ from .softmax import (
 )
 
 SCALE_BLOCK = 8192
-CLUSTER_BYTES = 8 * (220 << 10)  # the longest row of logits that csrc/cuda/linear_scope_loss.cuh can hold
+CLUSTER_BYTES = 613_376  # the longest row of logits that csrc/cuda/linear_scope_loss.cuh takes: its kMaxRowBytes
 
 
 @triton.jit(do_not_specialize=["first", "num_rows"])  # they differ from step to step
@@ -108,7 +108,7 @@ def _by_chunks(hidden, weight, bias, rows, index, options, kept, chunk_tokens: i
     streams = kernel_streams(rows)
     shared = (rows.target.contiguous(), streams, _temperature(rows), options, table)
     if launch is _cluster_rows:
-        bias = narrow(bias)
+        bias = narrow(bias)  # what it reads: one conversion, in the place of two a row
     logits, dlogits = logit_buffer(chunk_tokens, size, kept, hidden.dtype, device)
     for first in range(0, num_rows, chunk_tokens):
         chunk = index[first : first + chunk_tokens]

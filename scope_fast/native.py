@@ -15,6 +15,8 @@ the private kernels those ops call when the backend is "cpu" or "cuda":
         Tensor? rollout_logprob, Tensor? temperature, float[] options, Tensor(b!) table, int first_column) -> ()
         the row kernel alone, on CUDA. logits, dlogits (N, V): rows that start on 16 elements and are padded to them, in
         memory of their own or dlogits over the logits; index (N,): rows of the streams; table (9, A): METRICS by row.
+    linear_scope_loss_fits() -> bool
+        whether the current GPU can run it; only there in a build with CUDA kernels.
     scope_loss(Tensor logprob, Tensor? entropy, Tensor segment, Tensor loss_weight, Tensor? old_logprob,
         Tensor? advantage, Tensor? ref_logprob, Tensor? rollout_logprob, float[] options)
         -> (Tensor loss, Tensor metrics, Tensor g, Tensor h)
@@ -54,7 +56,7 @@ MISSING = (
 def load() -> bool:
     """Load the extension if it was built; True when its kernels are registered. Says so, once, when it was not."""
     if importlib.util.find_spec("scope_fast._native") is None:
-        logger.warning("%s: on CPU the slower plain PyTorch backend runs instead", MISSING)
+        logger.warning("%s: on a CPU the slower plain PyTorch backend runs instead, on a GPU Triton's kernels", MISSING)
         return False
     importlib.import_module("scope_fast._native")
     return True
@@ -67,3 +69,9 @@ def has(name: str, device_type: str) -> bool:
         return False
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
     return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"scope_fast_native::{name}", key)
+
+
+def clusters_fit(device_index: int) -> bool:
+    """Whether this GPU can run linear_scope_loss_rows: the clusters of blocks it was built for."""
+    with torch.cuda.device(device_index):
+        return torch.ops.scope_fast_native.linear_scope_loss_fits()

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from scope_fast import LossOptions, Segment, TokenStreams, native
+from scope_fast.ops import dispatch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 METRIC_NAMES = {
@@ -44,7 +45,7 @@ def places(*native_kernels: str, reference: bool = True, cuda: str | None = None
     """Parametrize a test over the backends: all that can run here, or the interpreted one in a process that interprets.
 
     native_kernels: what the C++ backend of this op must have registered; none: it has no such backend.
-    reference=False leaves the reference out. cuda: the kernel of csrc/cuda that serves this op, if one does.
+    reference=False leaves the reference out. cuda: the stem that csrc/cuda serves, if it does.
     """
     if INTERPRETED:
         return pytest.mark.parametrize("place", [pytest.param(Place("triton"), id="triton")])
@@ -53,8 +54,8 @@ def places(*native_kernels: str, reference: bool = True, cuda: str | None = None
     no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
     params = [pytest.param(Place("triton", "cuda"), id="triton-gpu", marks=[pytest.mark.gpu, no_gpu])]
     if cuda is not None:
-        reason = f"no CUDA kernel {cuda} in this build"
-        no_kernel = pytest.mark.skipif(torch.cuda.is_available() and not native.has(cuda, "cuda"), reason=reason)
+        reason = dispatch.missing_for(cuda, "cuda", "cuda") if torch.cuda.is_available() else ""
+        no_kernel = pytest.mark.skipif(bool(reason), reason=reason)
         params.append(pytest.param(Place("cuda", "cuda"), id="cuda-gpu", marks=[pytest.mark.gpu, no_gpu, no_kernel]))
     if native_kernels:
         params.insert(0, pytest.param(Place("cpu"), id="cpu", marks=no_build))

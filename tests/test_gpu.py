@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from scope_fast import LossOptions, PrmHead, TokenStreams, linear_logprob, linear_scope_loss, native, step_pool
+from scope_fast import LossOptions, PrmHead, TokenStreams, linear_logprob, linear_scope_loss, step_pool
+from scope_fast.ops import dispatch
 
 pytestmark = [
     pytest.mark.gpu,
@@ -63,8 +64,8 @@ def test_logits_of_more_than_two_to_the_31_elements():
 def test_rows_of_many_blocks_against_float64(V, logits_dtype, backend):
     """The gradient goes over the logits it is made of, block by block, in whole vectors; of the CUDA kernel's rows the
     clusters have one, two, four and eight blocks: against something else."""
-    if backend == "cuda" and not native.has("linear_scope_loss_rows", "cuda"):
-        pytest.skip("this build has no CUDA kernels")
+    if reason := dispatch.missing_for("linear_scope_loss", backend, "cuda"):
+        pytest.skip(reason)
     hidden, weight, streams = problem(300, 256, V)
     loss, metrics = step(hidden, weight, streams, backend, logits_dtype=logits_dtype)
     found = [loss.detach(), *take_gradients(hidden, weight)]

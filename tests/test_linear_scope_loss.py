@@ -7,6 +7,7 @@ import pytest
 import torch
 from opcases import (
     EXTREMES,
+    INTERPRETED,
     METRIC_NAMES,
     Case,
     Place,
@@ -26,7 +27,7 @@ from scope_fast.ops import reference
 from scope_fast.ops.linear_scope_loss import find_active
 from scope_fast.ops.options import RowOptions, encode
 
-on_places = places("linear_scope_loss", cuda="linear_scope_loss_rows")
+on_places = places("linear_scope_loss", cuda="linear_scope_loss")
 REFERENCE = Place("reference")
 
 
@@ -420,6 +421,27 @@ def test_missing_value_where_it_applies_is_nan(place):
         spoiled = spoiled.to(place.fine, place.device)
         loss, _ = run(spoiled, LossOptions(importance_cap=2.0, kl="k1", kl_coef=0.1), place)
         assert loss.isnan()
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="Triton's row kernel on a CPU runs where it is interpreted")
+def test_rows_too_long_for_a_cluster_go_to_triton():
+    """Where the CUDA row kernel is asked for, which is not there on a CPU: shorter rows would fail."""
+    from scope_fast.kernels import linear_scope_loss as kernel
+
+    for V in (kernel.CLUSTER_BYTES // 4 + 1, 20):
+        case = make_case(T=2, D=2, V=V, segments=(2,)).to(torch.float32)
+        rows = reference.Rows(*(getattr(case.streams, name) for name in reference.Rows._fields))
+        arguments = (
+            case.hidden.detach(), case.weight.detach(), None, rows, torch.arange(2),
+            RowOptions(*encode(LossOptions())), "float32", -1, (True, True, False),
+        )  # fmt: skip
+        if V == 20:
+            with pytest.raises((RuntimeError, AttributeError)):
+                kernel.linear_scope_loss(*arguments, True)
+            continue
+        found = kernel.linear_scope_loss(*arguments, True)
+        for ours, true in zip(found[:4], reference.linear_scope_loss(*arguments)[:4], strict=True):
+            torch.testing.assert_close(ours, true, rtol=1e-4, atol=1e-6)
 
 
 def test_no_full_logits_are_made():

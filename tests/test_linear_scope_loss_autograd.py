@@ -9,7 +9,7 @@ from scope_fast.ops import reference
 from scope_fast.ops.linear_scope_loss import STEM, linear_scope_loss_op, scaled_op
 from scope_fast.ops.options import encode
 
-on_places = places("linear_scope_loss", cuda="linear_scope_loss_rows")
+on_places = places("linear_scope_loss", cuda="linear_scope_loss")
 REFERENCE = Place("reference")
 
 

@@ -125,6 +125,35 @@ def test_backend_choice():
     torch.testing.assert_close(automatic, run(case)[0])
 
 
+@pytest.mark.skipif(INTERPRETED, reason="asks for CUDA tensors")
+def test_the_cuda_rows_are_for_gpus_that_can_hold_one(monkeypatch, request):
+    """Of every GPU: the answer is for all tensors of the process. Triton serves the others."""
+    request.addfinalizer(dispatch.resolve.cache_clear)
+    monkeypatch.setattr(dispatch.native, "has", lambda name, device_type: True)
+    monkeypatch.setattr(dispatch, "_missing_triton", lambda stem, device_type: "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(dispatch.native, "clusters_fit", lambda i: True)
+    for gpus, chosen in (
+        ([(9, 0)], "cuda"),
+        ([(9, 0), (10, 3)], "cuda"),
+        ([(9, 0), (12, 0)], "triton"),
+        ([(8, 0)], "triton"),
+    ):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: len(gpus))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i, gpus=gpus: gpus[i])
+        dispatch.resolve.cache_clear()
+        assert dispatch.resolve("linear_scope_loss", dispatch.AUTO, "cuda") == chosen
+        if chosen == "triton":
+            with pytest.raises(RuntimeError, match=f"GPU {len(gpus) - 1} has {gpus[-1][0]}.0"):
+                dispatch.resolve("linear_scope_loss", "cuda", "cuda")
+    monkeypatch.setattr(dispatch.native, "clusters_fit", lambda i: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: (9, 0))
+    dispatch.resolve.cache_clear()
+    assert dispatch.resolve("linear_scope_loss", dispatch.AUTO, "cuda") == "triton"
+    with pytest.raises(RuntimeError, match="built without clusters for GPU 0"):
+        dispatch.resolve("linear_scope_loss", "cuda", "cuda")
+
+
 def test_choice_is_logged_once_with_its_reason(caplog):
     dispatch.resolve.cache_clear()
     with caplog.at_level("INFO", logger="scope_fast"):

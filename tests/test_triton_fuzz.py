@@ -56,7 +56,7 @@ def close_to(ours: torch.Tensor, theirs: torch.Tensor, dtype: torch.dtype) -> No
     torch.testing.assert_close(ours.cpu().double(), theirs.cpu().double(), rtol=0, atol=slack)
 
 
-@places("linear_scope_loss", reference=False, cuda="linear_scope_loss_rows")
+@places("linear_scope_loss", reference=False, cuda="linear_scope_loss")
 @given(case=cases(), options=loss_options(), dtype=dtypes, given_rows=st.booleans())
 @fuzzed
 def test_fuzz_linear_scope_loss(place, case, options, dtype, given_rows):
@@ -151,7 +151,7 @@ def test_fuzz_step_pool(place, counts, dims, dtype, seed):
     assert not sure or torch.equal(ours.first_error, true.first_error)
 
 
-@places("weight_bucket_copy", reference=False, cuda="weight_bucket_copy")
+@places("weight_bucket_copy", reference=False, cuda="weight_bucket")
 @given(
     shapes=st.lists(st.lists(st.integers(0, 60), max_size=3), max_size=6),
     source=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8]),

@@ -7,7 +7,7 @@ from opcases import places
 from scope_fast import weight_bucket
 from scope_fast.ops.weight_bucket import ALIGNMENT_BYTES, weight_bucket_pack_op
 
-on_places = places("weight_bucket_copy", cuda="weight_bucket_copy")
+on_places = places("weight_bucket_copy", cuda="weight_bucket")
 
 
 def make_tensors(device="cpu"):

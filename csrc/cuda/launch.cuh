@@ -8,7 +8,6 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
-#include <utility>
 
 namespace scope_fast {
 
@@ -19,26 +18,52 @@ cudaError_t launch(void (*kernel)(Parameters...), int64_t num_blocks, int num_th
   return cudaGetLastError();
 }
 
-// Clusters of `cluster` blocks, each block with shared_bytes for shared_memory(). The kernel's last argument is `cluster`.
+// Clusters of `cluster` blocks, each block with shared_bytes for shared_memory().
+struct ClusterLaunch {
+  cudaLaunchAttribute attribute{};
+  cudaLaunchConfig_t config{};
+
+  ClusterLaunch(int64_t num_clusters, int cluster, int num_threads, int shared_bytes, cudaStream_t stream) {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+    config.gridDim = dim3(static_cast<unsigned>(num_clusters * cluster));
+    config.blockDim = dim3(num_threads);
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+  }
+  ClusterLaunch(const ClusterLaunch&) = delete;  // config points to attribute
+};
+
+// most_shared_bytes: of any launch of this kernel, since the setting is the kernel's own, and other threads launch it too
+template <class... Parameters>
+cudaError_t allow_shared(void (*kernel)(Parameters...), int most_shared_bytes) {
+  const auto most = cudaFuncAttributeMaxDynamicSharedMemorySize, share = cudaFuncAttributePreferredSharedMemoryCarveout;
+  const cudaError_t status = cudaFuncSetAttribute(kernel, most, most_shared_bytes);
+  return status == cudaSuccess ? cudaFuncSetAttribute(kernel, share, cudaSharedmemCarveoutMaxShared) : status;
+}
+
+// The kernel's last argument is `cluster`.
 template <class... Parameters, class... Arguments>
 cudaError_t launch_clusters(void (*kernel)(Parameters...), int64_t num_clusters, int cluster, int num_threads,
-                            int shared_bytes, cudaStream_t stream, const Arguments&... arguments) {
-  const std::pair<cudaFuncAttribute, int> attributes[] = {{cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes},
-                                                          {cudaFuncAttributePreferredSharedMemoryCarveout, 100}};
-  for (const auto& [name, value] : attributes) {
-    if (const cudaError_t status = cudaFuncSetAttribute(kernel, name, value); status != cudaSuccess) return status;
-  }
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(num_clusters * cluster));
-  config.blockDim = dim3(num_threads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, arguments..., cluster);
+                            int shared_bytes, int most_shared_bytes, cudaStream_t stream, const Arguments&... arguments) {
+  if (const cudaError_t status = allow_shared(kernel, most_shared_bytes); status != cudaSuccess) return status;
+  const ClusterLaunch launch(num_clusters, cluster, num_threads, shared_bytes, stream);
+  return cudaLaunchKernelEx(&launch.config, kernel, arguments..., cluster);
+}
+
+// Whether the current GPU can run such clusters and the kernel was compiled for them: PTX of sm_80 compiles for any GPU.
+template <class... Parameters>
+bool clusters_fit(void (*kernel)(Parameters...), int cluster, int num_threads, int most_shared_bytes) {
+  cudaFuncAttributes built;
+  int resident = 0;
+  const ClusterLaunch launch(1, cluster, num_threads, most_shared_bytes, nullptr);
+  const bool known = cudaFuncGetAttributes(&built, kernel) == cudaSuccess && built.ptxVersion >= 90 &&
+                     allow_shared(kernel, most_shared_bytes) == cudaSuccess &&
+                     cudaOccupancyMaxActiveClusters(&resident, kernel, &launch.config) == cudaSuccess;
+  cudaGetLastError();  // what could not be had is an answer here, not a failure of the next call
+  return known && resident > 0;
 }
 
 __device__ inline char* shared_memory() {
@@ -81,7 +106,7 @@ __device__ inline float load_from(unsigned rank, const float* mine) {
                : "=f"(x) : "r"(shared), "r"(rank) : "memory");
   return x;
 }
-#else  // never launched
+#else  // clusters_fit says so
 __device__ inline unsigned cluster_rank() { __trap(); return 0; }
 __device__ inline void cluster_arrive() { __trap(); }
 __device__ inline void cluster_wait() { __trap(); }

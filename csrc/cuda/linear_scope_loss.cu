@@ -71,12 +71,18 @@ void linear_scope_loss_rows(
   x.first_column = first_column;
   x.columns = table.size(1);
   x.options = row_options<float>(options);
-  const Element kept = require_floating("logits", logits);
+  const Element kept = require_floating("logits", logits), written = dlogits ? require_floating("dlogits", *dlogits) : kept;
+  const bool pair = (kept == Element::f32 || kept == Element::bf16) && (written == kept || written == Element::bf16);
+  TORCH_CHECK_VALUE(pair, "logits ", logits.scalar_type(), " and dlogits ", written == kept ? logits.scalar_type() : dlogits->scalar_type(),
+                    ": expected float32 or bfloat16, and the same or bfloat16");
+  TORCH_CHECK_VALUE(row_cluster(x.vocab * logits.element_size()) > 0, "logits ", logits.sizes(), ": rows of more than ",
+                    kMaxRowBytes, " bytes do not fit into a cluster");
   const c10::cuda::CUDAGuard guard(logits.device());
   const auto stream = c10::cuda::getCurrentCUDAStream();
-  C10_CUDA_CHECK(launch_linear_scope_loss(x, kept, dlogits ? require_floating("dlogits", *dlogits) : kept, stream));
+  C10_CUDA_CHECK(launch_linear_scope_loss(x, kept, written, stream));
 }
 
+TORCH_LIBRARY_FRAGMENT(scope_fast_native, m) { m.def("linear_scope_loss_fits() -> bool", &linear_scope_loss_fits); }
 TORCH_LIBRARY_IMPL(scope_fast_native, CUDA, m) { m.impl("linear_scope_loss_rows", &linear_scope_loss_rows); }
 
 }  // namespace

@@ -16,11 +16,9 @@
 namespace scope_fast {
 
 constexpr int kRowThreads = 256;
-constexpr int kRowBlocks = 3;              // of them on a multiprocessor: some wait for memory while others compute
-constexpr int kCopyGroups = 4;             // of a thread's copies: the first is folded while the others are on their way
-constexpr int kMaxCluster = 8;             // what every GPU with clusters can run
-constexpr int kSliceBytes = 76 << 10;      // of a row in a block, where kRowBlocks of them fit
-constexpr int kMaxSliceBytes = 220 << 10;  // where one does
+constexpr int kRowBlocks = 3;    // of them on a multiprocessor: some wait for memory while others compute
+constexpr int kCopyGroups = 4;   // of a thread's copies: the first is folded while the others are on their way
+constexpr int kMaxCluster = 8;   // what every GPU with clusters can run
 constexpr int kLogitAlign = 16;  // rows start on, and are padded to, as many elements (kernels/softmax.py)
 constexpr float kLog2E = 1.44269504f;
 constexpr float kLowest = -3.0e38f;  // a maximum that no logit reached yet: finite, so that differences are not NaN
@@ -90,6 +88,11 @@ struct RowShared {
   float top, log_s, entropy, g, h;
 };
 constexpr int kLogitsAt = (sizeof(RowShared) + 15) / 16 * 16;
+// Logits in a block: what lets kRowBlocks of them onto a multiprocessor of 228 KiB, of which each block costs 1 KiB more.
+// Longer slices, so longer rows, were not measured; with fewer blocks reading, computing and writing do not overlap.
+constexpr int kSliceBytes = ((228 << 10) / kRowBlocks - 1024 - kLogitsAt) / 128 * 128;
+constexpr int kRowSharedBytes = kLogitsAt + kSliceBytes;
+constexpr int64_t kMaxRowBytes = int64_t{kMaxCluster} * kSliceBytes;  // CLUSTER_BYTES of kernels/linear_scope_loss.py
 
 // logits `first` to first + kSize as z; beyond the vocabulary -inf
 template <class L, int kSize>
@@ -244,7 +247,11 @@ linear_scope_loss_kernel(const __grid_constant__ LogitRows x, int cluster) {
 inline int row_cluster(int64_t bytes) {
   int cluster = 1;
   while (cluster < kMaxCluster && cluster * int64_t{kSliceBytes} < bytes) cluster *= 2;
-  return cluster * int64_t{kMaxSliceBytes} < bytes ? 0 : cluster;
+  return bytes > kMaxRowBytes ? 0 : cluster;
+}
+
+inline bool linear_scope_loss_fits() {
+  return clusters_fit(linear_scope_loss_kernel<float, __nv_bfloat16>, kMaxCluster, kRowThreads, kRowSharedBytes);
 }
 
 // logits bfloat16 or float32; dlogits float32, or bfloat16 of either. slice is filled in here
@@ -258,7 +265,7 @@ inline cudaError_t launch_linear_scope_loss(LogitRows x, Element logits, Element
     if (cluster == 0) return cudaErrorInvalidValue;
     x.slice = static_cast<int32_t>((packets + cluster - 1) / cluster);
     return launch_clusters(linear_scope_loss_kernel<L, decltype(g)>, x.num_rows, cluster, kRowThreads,
-                           kLogitsAt + x.slice * 16, stream, x);
+                           kLogitsAt + x.slice * 16, kRowSharedBytes, stream, x);
   };
   if (logits == Element::f32 && dlogits == Element::bf16) return run(float{}, __nv_bfloat16{});
   if (logits == Element::bf16 && dlogits == Element::bf16) return run(__nv_bfloat16{}, __nv_bfloat16{});

@@ -1,9 +1,9 @@
 """Which backend runs an op: asked for by name, or chosen by device. The one place that knows.
 
     reference  plain PyTorch, any device                  triton  CUDA and ROCm tensors (CPU under TRITON_INTERPRET=1)
-    cpu        the compiled extension on CPU tensors    cuda    the compiled extension on CUDA tensors (of
-               linear_scope_loss the row kernel alone, in the place of Triton's, from compute capability 9.0 on)
+    cpu        the compiled extension on CPU tensors    cuda    the compiled extension on CUDA tensors
 
+`backend="cuda"` of linear_scope_loss is triton with another row kernel, for GPUs whose clusters of blocks hold a row.
 `backend="cpu"` of a stem that has no C++ kernel by design is the reference.
 """
 
@@ -38,7 +38,7 @@ _NATIVE = {
 _TRITON = {stem: stem for stem in ("linear_logprob", "linear_scope_loss", "scope_loss", "step_pool", "weight_bucket")}
 _TRITON["step_pool_mlp"] = "step_pool"
 _CUDA_FIRST = ("linear_scope_loss", "weight_bucket")  # where csrc/cuda is faster than kernels/ (bench/NOTES.md)
-CLUSTERS = (9, 0)  # the compute capability that has them
+CLUSTERS = (9, 10)  # major compute capabilities with clusters and 227 KiB of shared memory a block (sm_120 has 99)
 
 
 @functools.cache
@@ -50,7 +50,7 @@ def resolve(stem: str, backend: str, device_type: str) -> str:
     if backend != AUTO:
         if backend not in BACKENDS:
             raise ValueError(f"backend={backend!r}: expected None or one of {', '.join(BACKENDS)}")
-        if missing := _missing(stem, backend, device_type):
+        if missing := missing_for(stem, backend, device_type):
             raise RuntimeError(f"{stem}: backend={backend!r} is unavailable for {device_type} tensors: {missing}")
         return "reference" if backend == "cpu" and not _NATIVE[stem]["cpu"] else backend
     order = ("cuda", "triton") if stem in _CUDA_FIRST else ("triton", "cuda")
@@ -58,10 +58,11 @@ def resolve(stem: str, backend: str, device_type: str) -> str:
         order = ("cpu",)
     reasons = []
     for candidate in order:
-        missing = _missing(stem, candidate, device_type)
+        missing = missing_for(stem, candidate, device_type)
         if not missing:
             chosen = "reference" if candidate == "cpu" and not _NATIVE[stem]["cpu"] else candidate
-            logger.info("%s on %s tensors: backend %s", stem, device_type, chosen)
+            passed_over = f" ({'; '.join(reasons)})" if reasons else ""
+            logger.info("%s on %s tensors: backend %s%s", stem, device_type, chosen, passed_over)
             return chosen
         reasons.append(f"{candidate}: {missing}")
     # a cuda tensor without kernels is slow for no reason of the user's: said once, since the answer is cached
@@ -77,7 +78,7 @@ def body(tensor: torch.Tensor) -> Iterator[None]:
         yield
 
 
-def _missing(stem: str, backend: str, device_type: str) -> str:
+def missing_for(stem: str, backend: str, device_type: str) -> str:
     """What keeps `backend` from running `stem` on this device; empty when nothing does."""
     if backend == "reference":
         return ""
@@ -95,9 +96,14 @@ def _missing(stem: str, backend: str, device_type: str) -> str:
 
 def _missing_around_rows(device_type: str) -> str:
     """What the row kernel of csrc/cuda needs beside itself."""
-    capability = min((torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())), default=(0, 0))
-    if capability < CLUSTERS:
-        return f"its clusters need compute capability 9.0 or later, and a GPU here has {'.'.join(map(str, capability))}"
+    for i in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(i)
+        if major not in CLUSTERS:
+            return f"its clusters are for compute capability 9.0 and 10.x, and GPU {i} has {major}.{minor}"
+        if not native.clusters_fit(i):
+            return (
+                f"scope_fast._native was built without clusters for GPU {i} (TORCH_CUDA_ARCH_LIST), or they do not fit"
+            )
     return _missing_triton("linear_scope_loss", device_type)
 
 

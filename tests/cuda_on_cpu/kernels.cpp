@@ -35,3 +35,5 @@ extern "C" int64_t linear_scope_loss_rows(
       launch_linear_scope_loss(x, static_cast<Element>(logits_type), static_cast<Element>(dlogits_type), nullptr);
   return status == cudaSuccess ? num_launches : -1;
 }
+
+extern "C" int64_t max_row_bytes() { return kMaxRowBytes; }

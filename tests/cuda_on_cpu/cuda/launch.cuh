@@ -158,9 +158,15 @@ inline void run_clusters(int64_t num_clusters, int cluster, int num_threads, int
 
 template <class... Parameters, class... Arguments>
 cudaError_t launch_clusters(void (*kernel)(Parameters...), int64_t num_clusters, int cluster, int num_threads,
-                            int shared_bytes, cudaStream_t, const Arguments&... arguments) {
+                            int shared_bytes, int most_shared_bytes, cudaStream_t, const Arguments&... arguments) {
+  if (shared_bytes > most_shared_bytes) return cudaErrorInvalidValue;
   run_clusters(num_clusters, cluster, num_threads, shared_bytes, [&] { kernel(arguments..., cluster); });
   return cudaSuccess;
+}
+
+template <class... Parameters>
+bool clusters_fit(void (*)(Parameters...), int, int, int) {
+  return true;
 }
 
 template <class... Parameters, class... Arguments>
