@@ -44,15 +44,15 @@ PARTS = (
     Part("step_pool", (), 12, 2),
     Part("weight_bucket", (), 12, 2),
     Part("scope_loss", (), 12),
-    Part("linear_scope_loss", ("--shape", QWEN_7B, *BOTH), 70),
-    Part("linear_scope_loss", ("--shape", QWEN_7B, *VARIED), 30),
-    Part("linear_logprob", ("--shape", QWEN_7B), 30, 2),
-    Part("linear_scope_loss", ("--shape", QWEN_1_5B, *BOTH), 60),
-    Part("linear_scope_loss", ("--shape", QWEN_1_5B, *VARIED), 30),
+    Part("linear_scope_loss", ("--shape", QWEN_7B, *BOTH), 62),
+    Part("linear_scope_loss", ("--shape", QWEN_7B, *VARIED), 24),
+    Part("linear_logprob", ("--shape", QWEN_7B), 26, 2),
+    Part("linear_scope_loss", ("--shape", QWEN_1_5B, *BOTH), 62),
+    Part("linear_scope_loss", ("--shape", QWEN_1_5B, *VARIED), 28),
     Part("linear_scope_loss", ("--shape", "8192,4096,131072", *BOTH), 50),
-    Part("linear_scope_loss", ("--shape", "8192,4096,131072", *VARIED), 25),
-    Part("linear_scope_loss", ("--shape", "2048,3584,152064", *BOTH), 35),
-    Part("linear_scope_loss", ("--shape", "2048,3584,152064", *VARIED), 15),
+    Part("linear_scope_loss", ("--shape", "8192,4096,131072", *VARIED), 22),
+    Part("linear_scope_loss", ("--shape", "2048,3584,152064", *BOTH), 55),  # with 32 half of the peers were not reached
+    Part("linear_scope_loss", ("--shape", "2048,3584,152064", *VARIED), 13),
 )
 
 

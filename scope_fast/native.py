@@ -71,7 +71,7 @@ def has(name: str, device_type: str) -> bool:
     return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"scope_fast_native::{name}", key)
 
 
-def clusters_fit(device_index: int) -> bool:
-    """Whether this GPU can run linear_scope_loss_rows: the clusters of blocks it was built for."""
-    with torch.cuda.device(device_index):
-        return torch.ops.scope_fast_native.linear_scope_loss_fits()
+def clusters_fit() -> bool:
+    """Whether the current GPU can run linear_scope_loss_rows. Of the others it is not asked: that would open a context,
+    and take half a GiB, on each of them."""
+    return torch.ops.scope_fast_native.linear_scope_loss_fits()

@@ -100,10 +100,8 @@ def _missing_around_rows(device_type: str) -> str:
         major, minor = torch.cuda.get_device_capability(i)
         if major not in CLUSTERS:
             return f"its clusters are for compute capability 9.0 and 10.x, and GPU {i} has {major}.{minor}"
-        if not native.clusters_fit(i):
-            return (
-                f"scope_fast._native was built without clusters for GPU {i} (TORCH_CUDA_ARCH_LIST), or they do not fit"
-            )
+    if not native.clusters_fit():
+        return "scope_fast._native was built without clusters for this GPU (TORCH_CUDA_ARCH_LIST), or they do not fit"
     return _missing_triton("linear_scope_loss", device_type)
 
 

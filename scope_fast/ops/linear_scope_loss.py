@@ -49,7 +49,6 @@ def linear_scope_loss_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, metrics (9,), dhidden (T, D), dweight (V, D), dbias (V)); a gradient that is not needed has shape (0,)."""
-    backend = dispatch.resolve(STEM, backend, hidden.device.type)
     rows = reference.Rows(
         target, segment, loss_weight, old_logprob, advantage, ref_logprob, rollout_logprob, temperature
     )
@@ -57,6 +56,7 @@ def linear_scope_loss_op(
     index = find_active(rows, active, row_options)
     needs = (need_dhidden, need_dweight, need_dbias)
     with dispatch.body(hidden):
+        backend = dispatch.resolve(STEM, backend, hidden.device.type)
         if backend in ("triton", "cuda"):
             from scope_fast.kernels.linear_scope_loss import linear_scope_loss
 
