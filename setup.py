@@ -62,8 +62,8 @@ def native_extension():
     openmp = ["-fopenmp"] if sys.platform == "linux" else []
     with_cuda = bool(CUDA_SOURCES) and torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None
     if with_cuda and not torch.cuda.is_available() and "TORCH_CUDA_ARCH_LIST" not in os.environ:
-        os.environ["TORCH_CUDA_ARCH_LIST"] = "8.0;9.0+PTX"  # torch has no GPU to ask, and would fail
-        print("scope_fast._native: no GPU here, built for TORCH_CUDA_ARCH_LIST=8.0;9.0+PTX", file=sys.stderr)
+        architectures = os.environ["TORCH_CUDA_ARCH_LIST"] = "8.0;9.0+PTX"  # torch has no GPU to ask, and would fail
+        print(f"scope_fast._native: no GPU here, built for TORCH_CUDA_ARCH_LIST={architectures}", file=sys.stderr)
     kind = cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension
     extension = kind(
         "scope_fast._native",

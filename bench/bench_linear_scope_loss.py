@@ -176,8 +176,7 @@ def chunks(spec: Spec, logits_dtype: str) -> dict[int, str]:
 def variants(spec: Spec) -> list[Variant]:
     found = limits(spec) if "time" in spec.measures else []
     # on a GPU the reference's chunks take a second, twenty times ours: rounds of which nothing is learned
-    reference = spec.case != "variations" and spec.device == "cpu"
-    chosen = spec.case == "variations" and spec.device == "cuda"
+    reference, chosen = spec.device == "cpu", spec.case == "variations"
     found += harness.ours(STEM, spec.device, lambda b: our_variants(spec, b), reference=reference, chosen=chosen)
     eager = peers.loss_variants(spec)
     return found + (eager if spec.peers else eager[:1] if spec.case != "variations" else [])

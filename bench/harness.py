@@ -151,8 +151,8 @@ def ours(
 ) -> list[Variant]:
     """The variants make(backend) of every backend, unavailable ones included with their reason.
 
-    reference=False leaves the plain PyTorch backend out where another one runs; chosen=True all but the one that is
-    chosen where none is named.
+    reference=False leaves the plain PyTorch backend out where another one runs; chosen=True leaves all out but the one
+    that runs where none is named.
     """
     usable, missing = available_backends(stem, device)
     if not reference and len(usable) > 1:

@@ -76,7 +76,7 @@ def linear_scope_loss(
     logits_dtype: str,
     chunk_tokens: int,
     needs: tuple[bool, bool, bool],
-    clusters: bool = False,
+    clusters: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(loss, metrics (9,), dhidden (T, D), dweight (V, D), dbias (V)) over the rows `index`.
 
@@ -95,7 +95,9 @@ def linear_scope_loss(
         chunk_tokens = plan.chunk_rows(num_rows, dim, size * kept.itemsize, num_processors(device), budget)
     chunk_tokens = max(1, min(chunk_tokens, num_rows))
     grads = Gradients(hidden, weight, needs, dense=num_rows == hidden.shape[0], once=chunk_tokens >= num_rows)
-    launch = _cluster_rows if clusters and size * kept.itemsize <= CLUSTER_BYTES else _rows
+    launch = _rows
+    if clusters and size * kept.itemsize <= CLUSTER_BYTES:
+        launch, bias = _cluster_rows, narrow(bias)  # what it reads: one conversion, in the place of two a row
     table = _by_chunks(hidden, weight, bias, rows, index, options, kept, chunk_tokens, grads, launch)
     metrics = reduce_table(table)
     return metrics[0] + metrics[1], metrics, *grads.result()  # dW is cast where the logits were
@@ -105,10 +107,7 @@ def _by_chunks(hidden, weight, bias, rows, index, options, kept, chunk_tokens: i
     """The metrics of every row, (NUM_METRICS, A); the gradients go into grads. launch: of the row kernel."""
     num_rows, size, device = index.numel(), weight.shape[0], hidden.device
     table = torch.empty(NUM_METRICS, num_rows, dtype=torch.float32, device=device)
-    streams = kernel_streams(rows)
-    shared = (rows.target.contiguous(), streams, _temperature(rows), options, table)
-    if launch is _cluster_rows:
-        bias = narrow(bias)  # what it reads: one conversion, in the place of two a row
+    shared = (rows.target.contiguous(), kernel_streams(rows), _temperature(rows), options, table)
     logits, dlogits = logit_buffer(chunk_tokens, size, kept, hidden.dtype, device)
     for first in range(0, num_rows, chunk_tokens):
         chunk = index[first : first + chunk_tokens]

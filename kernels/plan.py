@@ -3,8 +3,9 @@
 Of the three matmuls of a chunk of C rows, in units of one row of one ideal matmul (2*V*D flops):
     logits  C                (V is large: enough tiles to fill any GPU)
     dX      its C x D output, in 128 x 256 tiles, runs in whole waves of the GPU's processors
-    dW      C + DW_ROWS: the float32 read-modify-write of (V, D) costs as much as 1064 rows (H100: 798 TFLOP/s against
-            3.0 TB/s, both measured). The first chunk only writes; that saving is the same for every plan
+    dW      C + DW_ROWS: the float32 read-modify-write of (V, D) costs at most as much as 1064 rows (H100: 798 TFLOP/s
+            against 3.0 TB/s, both measured; of large chunks a part hides behind the matmul, bench/NOTES.md). The first
+            chunk only writes; that saving is the same for every plan
 """
 
 TILE_ROWS, TILE_COLUMNS = 128, 256

@@ -17,7 +17,7 @@ import triton.language as tl
 from .compat import cast
 
 LOWEST = tl.constexpr(-3.0e38)  # a running maximum that no logit reached yet: finite, so that differences are not NaN
-BLOCK = 2048  # at 4096 ptxas reads a block's four vectors one after another, and 80 registers leave three programs
+BLOCK = 2048  # 4096 takes up to 64 registers, which leave four programs a processor, and is as fast (bench/NOTES.md)
 NUM_WARPS = 8
 # elements: logit rows start on 32 bytes (bfloat16) or 64 (float32), what tensor cores load at full speed
 ALIGN = tl.constexpr(16)

@@ -13,9 +13,8 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 void require_stream(const char* name, const Tensor& x, at::ScalarType dtype, int64_t size, const Tensor& like) {
-  TORCH_CHECK_VALUE(x.scalar_type() == dtype && x.dim() == 1 && x.is_contiguous() && (size < 0 || x.numel() == size), name,
-                    " ", x.sizes(), " ", x.scalar_type(), ": expected one contiguous dimension of ", dtype,
-                    size < 0 ? "" : ", as long as the others");
+  TORCH_CHECK_VALUE(x.scalar_type() == dtype && x.dim() == 1 && x.is_contiguous() && x.numel() == size, name, " ", x.sizes(),
+                    " ", x.scalar_type(), ": expected (", size, ",) ", dtype, ", contiguous");
   require_device(name, x, like);
 }
 
@@ -73,7 +72,7 @@ void linear_scope_loss_rows(
   x.options = row_options<float>(options);
   const Element kept = require_floating("logits", logits), written = dlogits ? require_floating("dlogits", *dlogits) : kept;
   const bool pair = (kept == Element::f32 || kept == Element::bf16) && (written == kept || written == Element::bf16);
-  TORCH_CHECK_VALUE(pair, "logits ", logits.scalar_type(), " and dlogits ", written == kept ? logits.scalar_type() : dlogits->scalar_type(),
+  TORCH_CHECK_VALUE(pair, "logits ", logits.scalar_type(), " and dlogits ", (dlogits ? *dlogits : logits).scalar_type(),
                     ": expected float32 or bfloat16, and the same or bfloat16");
   TORCH_CHECK_VALUE(row_cluster(x.vocab * logits.element_size()) > 0, "logits ", logits.sizes(), ": rows of more than ",
                     kMaxRowBytes, " bytes do not fit into a cluster");

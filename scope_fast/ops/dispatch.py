@@ -91,10 +91,10 @@ def missing_for(stem: str, backend: str, device_type: str) -> str:
     names = _NATIVE[stem][backend]
     if not all(native.has(name, device_type) for name in names):
         return native.MISSING if not native.load() else f"scope_fast._native was built without {backend} kernels"
-    return _missing_around_rows(device_type) if (stem, backend) == ("linear_scope_loss", "cuda") else ""
+    return _missing_around_rows() if (stem, backend) == ("linear_scope_loss", "cuda") else ""
 
 
-def _missing_around_rows(device_type: str) -> str:
+def _missing_around_rows() -> str:
     """What the row kernel of csrc/cuda needs beside itself."""
     for i in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(i)
@@ -102,7 +102,7 @@ def _missing_around_rows(device_type: str) -> str:
             return f"its clusters are for compute capability 9.0 and 10.x, and GPU {i} has {major}.{minor}"
     if not native.clusters_fit():
         return "scope_fast._native was built without clusters for this GPU (TORCH_CUDA_ARCH_LIST), or they do not fit"
-    return _missing_triton("linear_scope_loss", device_type)
+    return _missing_triton("linear_scope_loss", "cuda")
 
 
 def _missing_triton(stem: str, device_type: str) -> str:
