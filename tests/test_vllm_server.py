@@ -549,14 +549,21 @@ def test_weights_switched_in_flight(engine, model, monkeypatch):
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="counts processes through /proc")
 def test_a_killed_server_comes_back_once(engine, model, capfd, monkeypatch):
     before, first, version = one_by_one(engine), engine.pid, engine.version
-    sampling, seeds = Sampling(max_tokens=CONTEXT), [[i] for i in range(8)]
-    undisturbed = engine.generate([[5, 6]] * 8, 1, sampling, seeds)
+    # more than the engine has in flight: some are answered at the kill, some in the server, some not yet sent
+    requests = 3 * OPTIONS.max_num_seqs
+    sampling, seeds = Sampling(max_tokens=48), [[i] for i in range(requests)]
+    undisturbed = engine.generate([[5, 6]] * requests, 1, sampling, seeds)
     perturb(model, seed=9)  # the learner is ahead by now: it must not be asked again
-    sampled = Sampled(engine, monkeypatch, requests=8)
-    sampled.mid_way()
-    os.kill(first, signal.SIGKILL)
-    sampled.join()
-    drawn = sampled.groups
+    one, alive = engine._one, threading.Semaphore(1)
+
+    def killing(body):
+        rollout = one(body)
+        if alive.acquire(blocking=False):
+            os.kill(first, signal.SIGKILL)
+        return rollout
+
+    monkeypatch.setattr(engine, "_one", killing)
+    drawn = engine.generate([[5, 6]] * requests, 1, sampling, seeds)
     perturb(model, seed=9)
     assert "vLLM server: died in generate; starting another" in capfd.readouterr().err
     assert [r.token_ids for g in drawn for r in g] == [r.token_ids for g in undisturbed for r in g]
