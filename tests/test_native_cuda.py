@@ -59,9 +59,8 @@ def test_device_code_compiles_without_spills(tmp_path, target):
     spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
     assert spills == [("0", "0", "0")] * KERNELS
     registers = [int(count) for count in re.findall(r"Used (\d+) registers", log)]
-    assert (
-        len(registers) == KERNELS and max(registers) <= 64
-    )  # two blocks of 512 threads on a multiprocessor, or three of 256
+    # two blocks of 512 threads on a multiprocessor, or three of 256
+    assert len(registers) == KERNELS and max(registers) <= 64
 
 
 def test_torch_files_compile(tmp_path):

@@ -22,6 +22,7 @@ constexpr int kMaxCluster = 8;   // what every GPU with clusters can run
 constexpr int kLogitAlign = 16;  // rows start on, and are padded to, as many elements (kernels/softmax.py)
 constexpr float kLog2E = 1.44269504f;
 constexpr float kLowest = -3.0e38f;  // a maximum that no logit reached yet: finite, so that differences are not NaN
+static_assert(kRowThreads % 32 == 0 && (kRowThreads & (kRowThreads - 1)) == 0);  // over_lanes joins a block's warps by halves
 
 struct LogitRows {
   const void* logits;         // (N, padded V), rows logits_stride apart
