@@ -31,7 +31,9 @@ TEXTS = [
         ([b"a", b"\nb", b"\n", b"c"], [(0, 2), (2, 3), (3, 4)]),  # "\nb" begins in the first step
         ([b"a", b"\n", b"b", b"\n", b"c"], [(0, 2), (2, 4), (4, 5)]),
         ([b"a\n", b"b\n", b"c\n"], [(0, 1), (1, 2), (2, 3)]),  # the last separator opens no step
-        ([b"a", b"\n", b"\n", b"  ", b"b"], [(0, 4), (4, 5)]),  # the white space behind a separator closes the step
+        ([b"a", b"\n", b" \n", b"\n", b"b"], [(0, 4), (4, 5)]),  # empty lines behind a separator close the step
+        ([b"a", b"\n", b"  ", b" b"], [(0, 2), (2, 4)]),  # an indented line is the next step's, its first word too
+        ([b"a", b"\n ", b" b"], [(0, 2), (2, 3)]),
         ([b"a", b" ", b"\n", b"b"], [(0, 3), (3, 4)]),
         ([b"\n", b"\n", b"a", b"\n", b"b"], [(0, 4), (4, 5)]),  # leading white space opens no step
         ([b"  \n a", b"\nb"], [(0, 2)]),  # a token that only ends in a step is none of its tokens
@@ -60,18 +62,20 @@ def test_a_trailing_eos_belongs_to_no_step():
 def test_another_separator():
     assert split_steps([b"a\n", b"b", b"\n\n", b"c"], separator=b"\n\n") == [(0, 3), (3, 4)]
     assert split_steps([b"a.", b"b"], separator=b".") == [(0, 1), (1, 2)]  # taken literally, not as a pattern
+    assert split_steps([b"a", b".", b" b", b".", b" "], separator=b".") == [(0, 2), (2, 5)]
+    assert split_steps([b"a", b".", b" b", b".", b"5"], separator=b". ") == [(0, 2), (2, 5)]
+    assert split_steps([b"a", b".", b"\n", b"  ", b" b"], separator=b".") == [(0, 3), (3, 5)]
+    assert split_steps([b"a", b" ", b" ", b"b"], separator=b"  ") == [(0, 1), (1, 4)]
 
 
 def steps_of_bytes(data):
-    """The step of every byte, read byte by byte: a separator behind content closes, the next content opens."""
-    owners, step, content, closed = [], 0, False, False
-    for byte in data:
-        if not bytes([byte]).isspace():
-            step += closed
-            content, closed = True, False
-        elif byte == 0x0A and content:
-            closed = True
-        owners.append(step)
+    """The step of every byte, read line by line: a line with content opens a step behind the first, if lines follow."""
+    owners, step, content = [], 0, False
+    for line in data.splitlines(keepends=True):
+        if line.strip():
+            step += content
+            content = True
+        owners += [step] * len(line)
     return owners
 
 

@@ -71,9 +71,10 @@ def split_steps(
 ) -> list[tuple[int, int]]:
     """Token spans [start, end) of the steps of a response, in order, covering every token once.
 
-    A step ends after `separator` and the white space behind it; a token belongs to the step holding its first byte.
-    White space before the first step belongs to it. trailing_eos: the last token is an EOS and belongs to no step.
-    A response of white space only has no step.
+    A step ends after `separator` and the line breaks behind it. Spaces there, the separator's own included, open the
+    next step: the tokens of most vocabularies hold the space before a word, and a token belongs to the step holding its
+    first byte. White space before the first step belongs to it. trailing_eos: the last token is an EOS and belongs to
+    no step. A response of white space only has no step.
     """
     tokens = token_bytes[:-1] if trailing_eos else token_bytes
     text = b"".join(tokens)
@@ -81,7 +82,7 @@ def split_steps(
         return []
     lead = len(text) - len(text.lstrip())
     ends = re.finditer(re.escape(separator) + rb"\s*", text)
-    starts = [0] + [m.end() for m in ends if lead < m.end() < len(text)]
+    starts = [0] + [m.start() + len(m[0].rstrip(b" \t")) for m in ends if lead < m.end() < len(text)]
     first_bytes = [0, *accumulate(len(b) for b in tokens)][:-1]
     owner = [bisect_right(starts, first) for first in first_bytes]
     cuts = [i for i in range(1, len(tokens)) if owner[i] != owner[i - 1]]
