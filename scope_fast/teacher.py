@@ -76,13 +76,14 @@ class SolverTeacher:
 class ModelTeacher:
     """A stronger model that shares the student's tokenizer, continued from the student's own token ids.
 
-    The draw depends on what is asked and on nothing before it, so that a resumed run is told the same. Raises
+    The draw depends on what is asked and on nothing beside it, so that a resumed run is told the same. Raises
     RuntimeError while an earlier call that `ask` gave up on still holds the engine: engines serve one caller at a time.
     """
 
     def __init__(self, engine: RolloutEngine, tokenizer, config: cfg.Teacher, context: int, seed: int) -> None:
         self._engine, self._tokenizer, self._seed = engine, tokenizer, seed
-        self._sampling = Sampling(temperature=config.temperature, max_tokens=config.max_tokens)
+        # the student's EOS too: a teacher's own configuration may name another, which ends its turn as well
+        self._sampling = Sampling(config.temperature, 1.0, config.max_tokens, (tokenizer.eos_token_id,))
         self._context, self._busy = context, threading.Lock()
 
     def complete(self, requests: list[Request]) -> list[Reply | TeacherError]:
@@ -98,15 +99,18 @@ class ModelTeacher:
         fits = [i for i, prompt in enumerate(prompts) if len(prompt) < self._context]
         replies: list[Reply | TeacherError] = [TeacherError("the prefix fills the teacher's context")] * len(requests)
         if fits:
-            seeds = [[self._draw(requests[i], i)] for i in fits]
+            seeds = [[self._draw(requests[i])] for i in fits]
             rollouts = self._engine.generate([prompts[i] for i in fits], 1, self._sampling, seeds)
             for i, (rollout,) in zip(fits, rollouts, strict=True):
-                text = self._tokenizer.decode(rollout.token_ids, skip_special_tokens=True)
-                replies[i] = Reply(text, rollout.finish_reason == "stop")
+                finished = rollout.finish_reason == "stop"
+                ids = rollout.token_ids[:-1] if finished else rollout.token_ids
+                # special tokens in the middle stay, for `splice` to reject
+                text = self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+                replies[i] = Reply(text, finished)
         return replies
 
-    def _draw(self, request: Request, index: int) -> int:
-        text = f"{self._seed}/{request.seed}/{index}/{request.prompt.id}"
+    def _draw(self, request: Request) -> int:
+        text = f"{self._seed}/{request.seed}/{request.prompt.id}"
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
 

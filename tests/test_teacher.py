@@ -12,6 +12,7 @@ from factories import byte_level, configured, prompt, sentencepiece
 from scope_fast import build
 from scope_fast import config as cfg
 from scope_fast.rollout.base import Rollout
+from scope_fast.scope.rectify import Rejected, splice
 from scope_fast.tasks import TASKS
 from scope_fast.teacher import ModelTeacher, Reply, Request, SolverTeacher, TeacherError, ask, check_shared_tokenizer
 
@@ -168,8 +169,20 @@ def test_a_model_is_given_the_student_s_own_tokens():
     ((prompts, n, sampling, seeds),) = engine.calls
     assert prompts == [[5, 6, 7, 70, 71], [5, 6, 7, 72]]
     assert (n, sampling.temperature, sampling.max_tokens) == (1, 0.5, 9)
+    assert sampling.stop_token_ids == (tokenizer.eos_token_id,)
     assert [len(row) for row in seeds] == [1, 1]
     assert all(0 <= row[0] < 2**63 for row in seeds)
+
+
+def test_a_model_s_special_tokens_in_the_middle_are_not_passed_over():
+    """`splice` rejects them: left out of the text, nobody would know that they were written."""
+    tokenizer = byte_level()
+    (special,) = {1} & set(tokenizer.all_special_ids)
+    engine = Engine([*tokenizer.encode("1"), special, *tokenizer.encode("2"), tokenizer.eos_token_id])
+    (got,) = model_teacher(engine).complete([request("x", [70])])
+    assert got == Reply("1" + tokenizer.convert_ids_to_tokens(special) + "2")
+    with pytest.raises(Rejected, match="spells out a special token"):
+        splice(tokenizer, [70], got.text, 9)
 
 
 def test_a_model_that_does_not_come_to_an_end():
@@ -189,7 +202,7 @@ def test_a_prefix_that_fills_the_teacher_s_context():
     assert len(engine.calls) == 1  # nothing fits: nothing is generated
 
 
-def test_draws_depend_on_the_request_and_not_on_what_came_before():
+def test_draws_depend_on_the_request_and_on_nothing_beside_it():
     def draws(*requests, seed=3, before=0):
         engine = Engine([66, 0])
         teacher = model_teacher(engine, seed=seed)
@@ -198,9 +211,9 @@ def test_draws_depend_on_the_request_and_not_on_what_came_before():
         teacher.complete(list(requests))
         return [row[0] for row in engine.calls[-1][3]]
 
-    assert draws(request(), request(seed=1)) == draws(request(), request(seed=1), before=3)
-    everything = draws(request(), request(), request(seed=1)) + draws(request(), seed=4)
-    assert len(set(everything)) == 4  # twice the same question is two draws
+    zero, one = draws(request(), request(seed=1))
+    assert draws(request(seed=1), request(), before=3) == [one, zero]  # as on another rank, or after a resume
+    assert len({zero, one, *draws(request(), seed=4)}) == 3
 
 
 def test_an_engine_serves_one_call_at_a_time():
