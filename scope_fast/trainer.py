@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from random import Random
 from statistics import fmean
 
 import torch
@@ -59,7 +58,7 @@ class Trainer:
         """One iteration (design: the loop fits a screen)."""
         self.counts.clear()
         self.timer.metrics()  # what happened between two steps belongs to neither
-        mode = method(self.config, Random(f"{self.config.seed}/{self.done}"))
+        mode = method(self.config, self.done)
         with self.timer("generate"):
             groups = self.sampler.take(self.done)
             self.engine.sleep()  # until the sync its GPU memory may be the learner's

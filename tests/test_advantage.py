@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from random import Random
 from statistics import stdev
 
 import pytest
@@ -218,7 +217,7 @@ ONE_REPAIR = {"scope.max_repaired_per_group": 1}  # a group
     ],
 )
 def test_what_a_method_is_made_of(name, stamp, scores, repairs):
-    made = method(configured(method=name, **ONE_REPAIR), Random(0))
+    made = method(configured(method=name, **ONE_REPAIR), step=0)
     assert (made.stamp, made.scores) == (stamp, scores)
     group = [trajectory((2,) * 4, first_error=e, sample=i, prompt=prompt()) for i, e in enumerate((1, 3, 2))]
     assert [t.sample for t in made.choose(group)] == list(repairs)
@@ -232,18 +231,23 @@ def test_the_configuration_reaches_the_selection():
             trajectory((2,) * n, first_error=e, sample=i) for i, (n, e) in enumerate([(4, 2), (4, 3), (5, 2), (9, 8)])
         ]
         group[2].reward = 1.0
-        return [
-            t.sample for t in method(configured(method="scope", **{**ONE_REPAIR, **overrides}), Random(1)).choose(group)
-        ]
+        made = method(configured(method="scope", **{**ONE_REPAIR, **overrides}), step=1)
+        return [t.sample for t in made.choose(group)]
 
     assert chosen() == [1]
     assert chosen(**{"scope.max_repaired_per_group": 2}) == [1, 0]
     assert chosen(**{"scope.length_penalty": "false"}) == [3]
     assert chosen(**{"scope.repair_below": 0.25}) == []
-    draws = {
-        method(configured(**{**ONE_REPAIR, "scope.selection": "random"}), Random(seed)).choose(
-            [trajectory((2, 2), first_error=1, sample=i) for i in range(3)]
-        )[0].sample
-        for seed in range(20)
-    }  # fmt: skip
-    assert draws == {0, 1, 2}
+    for draws in (
+        {drawn(step=step) for step in range(20)},
+        {drawn(seed=seed) for seed in range(20)},
+        {drawn(number=number) for number in range(20)},
+    ):
+        assert draws == {0, 1, 2}
+
+
+def drawn(step=3, seed=0, number=0):
+    """Who is chosen at random from group `number` of a step."""
+    made = method(configured(seed=seed, **{**ONE_REPAIR, "scope.selection": "random"}), step)
+    made.choose([trajectory((9,), first_error=1, group=99)])  # other groups of this rank make no difference
+    return made.choose([trajectory((2, 2), first_error=1, sample=i, group=number) for i in range(3)])[0].sample

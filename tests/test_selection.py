@@ -2,7 +2,6 @@
 
 import math
 from collections import Counter
-from random import Random
 
 import pytest
 from factories import trajectory
@@ -11,7 +10,7 @@ from scope_fast.scope.selection import (
     choose_first,
     choose_near_misses,
     choose_none,
-    outlier_penalty,
+    log_outlier_penalty,
     score,
     success_rate,
 )
@@ -31,19 +30,19 @@ def samples(chosen):
     ("value", "group", "expected"),
     [
         # median 3, deviations 2 1 0 1 2, their median 1: z = (value - 3) / 1.4826
-        (3, [1, 2, 3, 4, 5], 1.0),
-        (4, [1, 2, 3, 4, 5], math.exp(-((1 / 1.4826) ** 2) / 2)),  # 0.7965
-        (1, [1, 2, 3, 4, 5], math.exp(-((2 / 1.4826) ** 2) / 2)),  # 0.4026
+        (3, [1, 2, 3, 4, 5], 0.0),
+        (4, [1, 2, 3, 4, 5], -((1 / 1.4826) ** 2) / 2),
+        (1, [1, 2, 3, 4, 5], -((2 / 1.4826) ** 2) / 2),
         # median 4.5, deviations 0.5 0.5 0.5 3.5: an outlier does not widen the spread it is measured with
-        (8, [4, 4, 5, 8], math.exp(-((3.5 / (1.4826 * 0.5)) ** 2) / 2)),
-        (5, [5, 5, 5, 9], 1.0),  # no spread
-        (9, [5, 5, 5, 9], 1.0),
-        (9, [1, 9], 1.0),  # fewer than three say nothing
-        (9, [9], 1.0),
+        (8, [4, 4, 5, 8], -((3.5 / (1.4826 * 0.5)) ** 2) / 2),
+        (5, [5, 5, 5, 9], 0.0),  # no spread
+        (9, [5, 5, 5, 9], 0.0),
+        (9, [1, 9], 0.0),  # fewer than three say nothing
+        (9, [9], 0.0),
     ],
 )
 def test_outlier_penalty(value, group, expected):
-    assert outlier_penalty(value, group) == pytest.approx(expected, rel=1e-12)
+    assert log_outlier_penalty(value, group) == pytest.approx(expected, rel=1e-12)
 
 
 def test_the_four_terms_and_their_product():
@@ -60,6 +59,7 @@ def test_the_four_terms_and_their_product():
     assert got.alpha == pytest.approx(alpha, rel=1e-12)
     assert got.beta == pytest.approx(beta, rel=1e-12)
     assert got.score == pytest.approx(alpha * beta * 1.0, rel=1e-12)
+    assert got.log_score == pytest.approx(math.log(alpha * beta), rel=1e-12)
     flat = score(group[2], group, kept=2, length_penalty=False)
     assert (flat.alpha, flat.beta, flat.score) == (1.0, 1.0, 1.0)
     assert score(group[2], group[1:], kept=2).score == 1.0  # a group of two
@@ -76,6 +76,13 @@ def test_the_furthest_is_chosen_and_marked():
 @pytest.mark.parametrize(("budget", "expected"), [(1, [1]), (2, [1, 2]), (3, [1, 2, 0]), (9, [1, 2, 0])])
 def test_budget(budget, expected):
     assert samples(choose_near_misses(failures(1, 3, 2, 0), budget, 0.5)) == expected
+
+
+def test_outliers_too_far_for_a_float_are_ranked_all_the_same():
+    lengths = [400, 110, 50, 50, 51, 51, 52, 52]
+    group = [trajectory((1, n - 2), first_error=1, sample=i) for i, n in enumerate(lengths)]
+    assert samples(choose_near_misses(group, 8, 0.5))[-2:] == [1, 0]
+    assert group[0].selection.score == group[1].selection.score == 0.0
 
 
 def test_ties_go_to_the_earlier_sample():
@@ -144,12 +151,12 @@ def test_the_random_ablation_draws_among_the_candidates_alone():
     drawn = Counter()
     for seed in range(300):
         group = failures(1, 3, 0, None, 2)
-        (chosen,) = choose_near_misses(group, 1, 0.5, shuffle=Random(seed))
+        (chosen,) = choose_near_misses(group, 1, 0.5, shuffle=str(seed))
         drawn[chosen.sample] += 1
         assert chosen.repair.kept_steps == chosen.first_error
     assert set(drawn) == {0, 1, 4}
     assert min(drawn.values()) > 60  # of 100 expected: five standard deviations
-    twice = [samples(choose_near_misses(failures(1, 3, 2), 2, 0.5, shuffle=Random(5))) for _ in range(2)]
+    twice = [samples(choose_near_misses(failures(1, 3, 2), 2, 0.5, shuffle="5")) for _ in range(2)]
     assert twice[0] == twice[1]
 
 

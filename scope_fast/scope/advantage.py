@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from random import Random
 from statistics import fmean, stdev
 
 from scope_fast.batch import Segment, TrainSequence
@@ -110,14 +109,14 @@ class Method:
     scores: str
 
 
-def method(config: Config, rng: Random) -> Method:
-    """The method a configuration names. rng: draws the `random` ablation of the selection."""
+def method(config: Config, step: int) -> Method:
+    """The method a configuration names. step: of the run, of which the `random` ablation of the selection is drawn."""
     near_misses = partial(
         selection.choose_near_misses,
         budget=config.scope.max_repaired_per_group,
         repair_below=config.scope.repair_below,
         length_penalty=config.scope.length_penalty,
-        shuffle=rng if config.scope.selection == "random" else None,
+        shuffle=f"{config.seed}/{step}" if config.scope.selection == "random" else None,
     )
     return {
         "scope": Method(near_misses, stamp_mixture, "failed"),

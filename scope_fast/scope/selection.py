@@ -20,26 +20,26 @@ from scope_fast.scope.trajectory import Repair, Selection, Trajectory
 MAD_TO_SIGMA = 1.4826  # of a normal distribution
 
 
-def outlier_penalty(value: float, group: Sequence[float]) -> float:
-    """exp(-z^2 / 2) of `value` against `group`, with a robust z-score; in (0, 1]."""
+def log_outlier_penalty(value: float, group: Sequence[float]) -> float:
+    """-z^2 / 2 of `value` against `group`, with a robust z-score; at most 0."""
     if len(group) < 3:
-        return 1.0
+        return 0.0
     centre = median(group)
     spread = MAD_TO_SIGMA * median(abs(x - centre) for x in group)
-    if spread == 0.0:
-        return 1.0
-    return math.exp(-(((value - centre) / spread) ** 2) / 2)
+    return 0.0 if spread == 0.0 else -(((value - centre) / spread) ** 2) / 2
 
 
 def score(trajectory: Trajectory, group: Sequence[Trajectory], kept: int, length_penalty: bool = True) -> Selection:
-    """The selection score of a failed rollout of which `kept` steps are kept."""
+    """The selection score of a failed rollout of which `kept` steps, one at least, are kept."""
     steps, tokens = len(trajectory.steps), len(trajectory.token_ids)
-    alpha = beta = 1.0
+    log_alpha = log_beta = 0.0
     if length_penalty:
-        alpha = outlier_penalty(steps, [len(other.steps) for other in group])
-        beta = outlier_penalty(tokens, [len(other.token_ids) for other in group])
+        log_alpha = log_outlier_penalty(steps, [len(other.steps) for other in group])
+        log_beta = log_outlier_penalty(tokens, [len(other.token_ids) for other in group])
+    alpha, beta = math.exp(log_alpha), math.exp(log_beta)
     r_step, r_token = kept / steps, trajectory.steps[kept - 1][1] / tokens
-    return Selection(alpha * beta * (r_step + r_token), alpha, beta, r_step, r_token)
+    log_score = log_alpha + log_beta + math.log(r_step + r_token)
+    return Selection(alpha * beta * (r_step + r_token), log_score, alpha, beta, r_step, r_token)
 
 
 def success_rate(group: Sequence[Trajectory]) -> float:
@@ -53,14 +53,15 @@ def choose_near_misses(
     budget: int,
     repair_below: float,
     length_penalty: bool = True,
-    shuffle: Random | None = None,
+    shuffle: str | None = None,
     keep_prefix: bool = True,
 ) -> list[Trajectory]:
     """The at most `budget` failed rollouts of a group with the highest score; each gets its `selection` and `repair`.
 
     Only rollouts with a usable localisation and at least one step to keep are candidates, and only in groups whose
-    success rate is below `repair_below`. shuffle: choose at random instead (the ablation). keep_prefix False: the same
-    choice, but nothing is kept, so that the teacher writes the whole response (the `replace` baseline).
+    success rate is below `repair_below`. shuffle: choose at random instead (the ablation), by this seed and the group's
+    number, so alike on any number of ranks. keep_prefix False: the same choice, but nothing is kept, so that the
+    teacher writes the whole response (the `replace` baseline).
     """
     if success_rate(group) >= repair_below:
         return []
@@ -73,9 +74,9 @@ def choose_near_misses(
             trajectory.selection = score(trajectory, group, kept, length_penalty)
             candidates.append((trajectory, kept))
     if shuffle is not None:
-        shuffle.shuffle(candidates)
+        Random(f"{shuffle}/{group[0].group}").shuffle(candidates)
     else:
-        candidates.sort(key=lambda item: -item[0].selection.score)  # stable: ties go to the earlier sample
+        candidates.sort(key=lambda item: -item[0].selection.log_score)  # stable: ties go to the earlier sample
     for trajectory, kept in candidates[:budget]:
         trajectory.repair = Repair(kept, trajectory.steps[kept - 1][1]) if keep_prefix else Repair(0, 0)
     return [trajectory for trajectory, _ in candidates[:budget]]

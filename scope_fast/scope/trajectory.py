@@ -32,9 +32,13 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Selection:
-    """The selection score S = alpha * beta * (r_step + r_token) and its terms (scope/selection.py)."""
+    """The selection score S = alpha * beta * (r_step + r_token) and its terms (scope/selection.py).
+
+    log_score: log S, by which rollouts are ranked; of a far outlier S itself may be 0 in floating point.
+    """
 
     score: float
+    log_score: float
     alpha: float
     beta: float
     r_step: float
