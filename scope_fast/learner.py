@@ -210,7 +210,9 @@ class Learner:
         counts = distributed.gather((segments.count(Segment.RL), segments.count(Segment.NLL)))
         rl, nll = (sum(column) for column in zip(*counts, strict=True))
         nll_count = rl + nll if self.joint_normalizer else nll
-        batches = pack(sequences, self.token_budget, self.options, max(rl, 1), max(nll_count, 1))
+        # alone, a halved budget cuts what the whole one packed: the step that ran out of memory is replayed to the bit
+        budget = self.config.token_budget if distributed.world_size() == 1 else self.token_budget
+        batches = pack(sequences, budget, self.options, max(rl, 1), max(nll_count, 1))
         most = max(distributed.gather(len(batches)))
         return batches + [empty_micro_batch() for _ in range(most - len(batches))]
 

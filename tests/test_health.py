@@ -132,6 +132,20 @@ def test_out_of_memory_halves_the_budget_and_repeats_the_update(minibatches, mon
     assert resumed.token_budget == 30
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_a_learner_halved_from_the_start_gives_the_same_bits(seed, monkeypatch):
+    """What a replay of the step that ran out of memory is."""
+    batches = [mixture(seed=seed)]
+    ran, again = (learner_of(make(torch.float32), token_budget=60) for _ in range(2))
+    out_of_memory(ran, monkeypatch, above=30, times=1)
+    logged = ran.update(batches)
+    again.halvings = 1
+    assert logged.pop("learner/out_of_memory") == 1
+    assert again.update(batches) == logged | {"learner/out_of_memory": 0}
+    for name, value in again.model.state_dict().items():
+        assert torch.equal(ran.model.state_dict()[name], value), name
+
+
 def test_a_second_out_of_memory_error_is_raised(monkeypatch):
     learner = learner_of(make(), token_budget=60)
     out_of_memory(learner, monkeypatch, above=10, times=2)
