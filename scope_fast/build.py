@@ -11,7 +11,7 @@ from scope_fast import attention, convert_gguf, distributed, sharding, warm_star
 from scope_fast.config import Config
 from scope_fast.data import PromptSource
 from scope_fast.learner import Learner
-from scope_fast.loading import loading
+from scope_fast.loading import loading, pretrained
 from scope_fast.metrics import RolloutLog
 from scope_fast.prm.load import make_scorer
 from scope_fast.progress import console, progress_bars
@@ -111,13 +111,13 @@ def load_tokenizer(folder: str):
 
 
 def load_student(config: Config, folder: str):
-    """The student's model. ValueError for a folder or hub name that has none."""
+    """The student's model. ValueError for a folder or hub name that has none, or not all of its weights."""
     from transformers import AutoModelForCausalLM
 
     attend = attention.implementation(DTYPES[config.model.dtype], config.learner.attention)
     # float32 whatever model.dtype says: a bfloat16 weight would lose an update of 1e-6: the learner casts instead
-    with loading("model.path", folder):
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attend)
+    how = {"dtype": torch.float32, "attn_implementation": attend}
+    model = pretrained("model.path", AutoModelForCausalLM, folder, **how)
     if config.learner.liger:
         sharding.use_liger(model)
     # one of several ranks keeps its shards only: the whole model stays in host memory until they are cut

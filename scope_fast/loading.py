@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 @contextmanager
@@ -13,3 +14,17 @@ def loading(key: str, folder: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise ValueError(f"{key}: {folder} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+
+
+def pretrained(key: str, made_by: type, folder: str, **how: Any) -> Any:
+    """made_by.from_pretrained(folder, **how): a transformers model that is wholly the checkpoint's.
+
+    Raises ValueError naming the key for what cannot be loaded, and for a checkpoint that lacks weights of the model,
+    which transformers draws at random: the folder of another kind of model.
+    """
+    with loading(key, folder):
+        model, report = made_by.from_pretrained(folder, output_loading_info=True, **how)
+    if missing := sorted(report["missing_keys"]):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ValueError(f"{key}: {folder} is no checkpoint of {type(model).__name__}: it lacks {missing[0]}{more}")
+    return model

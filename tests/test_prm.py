@@ -3,6 +3,7 @@
 import random
 
 import pytest
+import tiny_prms
 import torch
 from factories import byte_level, configured, prompt, sentencepiece, trajectory
 from transformers import LlamaConfig, LlamaForTokenClassification, Qwen2Config, Qwen2ForTokenClassification
@@ -124,6 +125,20 @@ def test_the_exact_checker(response, expected):
 def test_a_model_that_is_not_there_is_named(kind, tmp_path):
     config = configured(**{"prm.kind": kind, "prm.path": tmp_path / "nowhere"})
     with pytest.raises(ValueError, match=r"prm\.path: .*nowhere cannot be loaded: "):
+        make_scorer(config, config.prm.path, byte_level())
+
+
+def test_a_checkpoint_of_another_kind_of_model_is_refused(tmp_path):
+    """transformers would draw the head at random, and every score be noise."""
+    made, tokenizer = tiny_prms.causal(tmp_path, "rlhflow")
+    config = configured(**{"prm.path": tmp_path})  # a token classifier
+    lacks = r"^prm\.path: .* is no checkpoint of LlamaForTokenClassification: it lacks score\.bias and 1 more$"
+    with pytest.raises(ValueError, match=lacks):
+        make_scorer(config, config.prm.path, tokenizer)
+    config = configured(**{"prm.kind": "rlhflow", "prm.path": tmp_path})
+    make_scorer(config, config.prm.path, byte_level())
+    made.model.save_pretrained(tmp_path)  # without lm_head
+    with pytest.raises(ValueError, match=r"^prm\.path: .* LlamaForCausalLM: it lacks lm_head\.weight$"):
         make_scorer(config, config.prm.path, byte_level())
 
 

@@ -8,7 +8,7 @@ import torch
 
 from scope_fast import attention, distributed
 from scope_fast.config import Config
-from scope_fast.loading import loading
+from scope_fast.loading import loading, pretrained
 from scope_fast.prm import text_scorers
 from scope_fast.prm.scorers import ExactScorer, StepScorer, TokenClassifierScorer
 from scope_fast.prm.vllm_pooling import VllmStepScorer
@@ -37,7 +37,6 @@ def _load_scorer(config: Config, folder: str, tokenizer) -> StepScorer:
     from transformers import AutoModelForTokenClassification, AutoTokenizer
 
     check_shared_tokenizer(tokenizer, AutoTokenizer.from_pretrained(folder), "prm.path")
-    model = AutoModelForTokenClassification.from_pretrained(
-        folder, dtype=dtype, attn_implementation=attention.implementation(dtype)
-    )
+    how = {"dtype": dtype, "attn_implementation": attention.implementation(dtype)}
+    model = pretrained("prm.path", AutoModelForTokenClassification, folder, **how)
     return TokenClassifierScorer(model.to(distributed.device()), settings.token_budget)

@@ -13,6 +13,7 @@ import torch
 
 from scope_fast import attention
 from scope_fast.learner import rescaled_logits
+from scope_fast.loading import pretrained
 from scope_fast.ops.step_pool import PrmHead
 from scope_fast.prm.formats import Encoded, Format, QwenFormat, RlhflowFormat, ShepherdFormat
 from scope_fast.prm.scorers import packed_scores, scores_of_those_that_fit
@@ -58,18 +59,19 @@ class InProcessScorer(TextScorer):
 def load(kind: str, folder: str, student, dtype: torch.dtype, device: torch.device, token_budget: int) -> TextScorer:
     """The scorer of `kind` (a key of FORMATS) in this process, from a Hugging Face folder or hub name.
 
-    Raises ValueError naming a separator or label that is no single token, or what the head has that cannot be skipped.
+    Raises ValueError naming a separator or label that is no single token, what the head has that cannot be skipped, or
+    weights that the folder lacks.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Model
 
     fmt = FORMATS[kind](AutoTokenizer.from_pretrained(folder))
     how = {"dtype": dtype, "attn_implementation": attention.implementation(dtype)}
     if kind == "qwen2.5-math-prm":
-        body = Qwen2Model.from_pretrained(folder, **how).to(device)
+        body = pretrained("prm.path", Qwen2Model, folder, **how).to(device)
         hidden, hidden_bias, weight, bias = (t.to(device, dtype) for t in read_tensors(folder, QWEN_HEAD))
         head = PrmHead(weight, bias, hidden_weight=hidden, hidden_bias=hidden_bias)
         return InProcessScorer(student, fmt, body, head, token_budget)
-    model = AutoModelForCausalLM.from_pretrained(folder, **how).to(device)
+    model = pretrained("prm.path", AutoModelForCausalLM, folder, **how).to(device)
     attention.check_packing(model)
     lm_head = model.get_output_embeddings()
     if field := rescaled_logits(model):
