@@ -92,6 +92,36 @@ def test_same_numbers_without_a_reference():
     assert_same(dict(beta=0.1, use_ref_model=False), problem(ref_per_token_logps=None))
 
 
+def test_float32_heads_of_bfloat16_hidden_states():
+    """As under autocast; Liger's logits are bfloat16 then, ours float32: equal up to their rounding."""
+    liger = pytest.importorskip("liger_kernel.chunked_loss", reason="liger-kernel is not installed")
+    r = torch.Generator().manual_seed(7)
+    arguments = problem(
+        bias=torch.randn(V, generator=r).requires_grad_(), ref_per_token_logps=None,
+        ref_input=torch.randn(B, T, D, generator=r).bfloat16(), ref_weight=torch.randn(V, D, generator=r),
+    )  # fmt: skip
+    arguments["_input"] = arguments["_input"].detach().bfloat16().requires_grad_()
+    theirs, mine = (
+        run(cls(beta=0.04, compiled=False), arguments)
+        for cls in (liger.LigerFusedLinearGRPOLoss, LigerFusedLinearGRPOLoss)
+    )
+    torch.testing.assert_close(mine, theirs, atol=5e-3, rtol=5e-2)  # dtypes too
+    assert theirs[2][0].abs().max() > 2e-2
+
+
+def test_rows_of_ratio_zero_have_no_gradient_and_are_not_clipped():
+    """TRL's sequence masks; in Liger's metric they are."""
+    liger = pytest.importorskip("liger_kernel.chunked_loss", reason="liger-kernel is not installed")
+    arguments = problem(vllm_is_ratio=torch.tensor([0.0, 1.0, 1.0, 1.0]))
+    arguments["old_per_token_logps"] -= 0.3
+    theirs, mine = (
+        run(cls(beta=0.0, use_ref_model=False, compiled=False), arguments)
+        for cls in (liger.LigerFusedLinearGRPOLoss, LigerFusedLinearGRPOLoss)
+    )
+    torch.testing.assert_close((mine[0], mine[2]), (theirs[0], theirs[2]), atol=1e-6, rtol=1e-4)
+    assert mine[1][0] < theirs[1][0]
+
+
 def test_same_loss_with_two_sided_clipping():
     """The metric differs: ours counts tokens above delta as clipped, which they are, Liger does not."""
     liger = pytest.importorskip("liger_kernel.chunked_loss", reason="liger-kernel is not installed")

@@ -3,10 +3,10 @@
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss              # your line
     from scope_fast.integrations.liger import LigerFusedLinearGRPOLoss          # our line
 
-The same arguments, loss, gradients and metrics for the token-level losses grpo, bnpo, dr_grpo and dapo (the clipped
-share counts rows bounded by `delta` too, which Liger's leaves out). Logits are computed once (6*T*V*D flops in place
-of 8), and rows that are masked or have no gradient never meet the head: with a KL penalty all unmasked rows do, and its
-metric costs one more forward of the head (8).
+The same arguments, loss, gradients and metrics for the token-level losses grpo, bnpo, dr_grpo and dapo. Of the clipped
+share, Liger's leaves out rows bounded by `delta`, ours those without gradient (vllm_is_ratio 0). Logits are computed
+once (6*T*V*D flops in place of 8), and rows that are masked or have no gradient never meet the head: with a KL penalty
+all unmasked rows do, and its metric costs one more forward of the head (8).
 """
 
 from __future__ import annotations
@@ -94,6 +94,7 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         """
         mask = attention_mask.to(torch.bool)
         hidden, rows = _input.flatten(0, 1), mask.flatten()
+        lin_weight, bias = _as(_input.dtype, lin_weight, bias)
         if self.options.kl_coef and ref_per_token_logps is None:
             ref_per_token_logps = self._reference(selected_token_ids, mask, ref_input, ref_weight, ref_bias)
         advantage = advantages.float().unsqueeze(1).expand(mask.shape)
@@ -136,8 +137,9 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         """Reference log-probabilities (B, T) of the unmasked tokens."""
         if ref_input is None or ref_weight is None:
             raise ValueError(f"beta={self.beta} needs ref_per_token_logps, or ref_input and ref_weight")
+        weight, bias = _as(ref_input.dtype, ref_weight, ref_bias)
         scored = linear_logprob(
-            ref_input[mask], ref_weight, target[mask].long(), bias=ref_bias, temperature=self.options.temperature
+            ref_input[mask], weight, target[mask].long(), bias=bias, temperature=self.options.temperature
         )
         return scored.logprob.new_zeros(mask.shape).masked_scatter(mask, scored.logprob)
 
@@ -154,3 +156,8 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         ).logprob  # fmt: skip
         gap = streams.ref_logprob[rows] - logprob
         return (gap.exp() - gap - 1).sum()
+
+
+def _as(dtype: torch.dtype, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """A head in the dtype of its hidden states: Liger takes float32 ones of bfloat16 states, outside autocast too."""
+    return weight.to(dtype), None if bias is None else bias.to(dtype)
