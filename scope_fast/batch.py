@@ -9,6 +9,7 @@ Leaf module: imports torch and nothing of ours.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 from enum import IntEnum
 from itertools import pairwise
@@ -105,18 +106,22 @@ class LossOptions:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(allowed)}")
+        # written so that NaN fails too
         if not 0.0 <= self.clip_low <= 1.0:
             raise ValueError(f"clip_low={self.clip_low}: expected a value in [0, 1]")
-        if self.clip_high < 0.0:
+        if not self.clip_high >= 0.0:
             raise ValueError(f"clip_high={self.clip_high}: expected a value >= 0")
-        if self.dual_clip is not None and self.dual_clip <= 1.0:
+        if self.dual_clip is not None and not self.dual_clip > 1.0:
             raise ValueError(f"dual_clip={self.dual_clip}: expected a value above 1")
         if self.dual_clip is not None and self.policy_loss != "ppo":
             raise ValueError(f"dual_clip={self.dual_clip}: bounds ppo alone, policy_loss is {self.policy_loss}")
-        if self.importance_cap is not None and self.importance_cap <= 0.0:
+        if self.importance_cap is not None and not self.importance_cap > 0.0:
             raise ValueError(f"importance_cap={self.importance_cap}: expected a value above 0")
-        if self.temperature <= 0.0:
-            raise ValueError(f"temperature={self.temperature}: expected a value above 0")
+        if not 0.0 < self.temperature < math.inf:
+            raise ValueError(f"temperature={self.temperature}: expected a finite value above 0")
+        for name in ("kl_coef", "entropy_coef"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name}={getattr(self, name)}: expected a finite value")
         if self.kl == "none" and self.kl_coef != 0.0:
             raise ValueError(f"kl_coef={self.kl_coef} needs kl to be one of k1, k2, k3")
         if self.chunk_tokens is not None and self.chunk_tokens < 0:

@@ -1,5 +1,7 @@
 """Packing by hand: what goes where, what is left out, what it is divided by."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -171,7 +173,15 @@ def test_moving_to_a_device_takes_every_tensor_along():
         ({"dual_clip": 1.0}, "dual_clip=1.0: expected a value above 1"),
         ({"dual_clip": 3.0, "policy_loss": "cispo"}, "dual_clip=3.0: bounds ppo alone, policy_loss is cispo"),
         ({"importance_cap": 0.0}, "importance_cap=0.0: expected a value above 0"),
-        ({"temperature": 0.0}, "temperature=0.0: expected a value above 0"),
+        ({"temperature": 0.0}, "temperature=0.0: expected a finite value above 0"),
+        ({"temperature": math.inf}, "temperature=inf: expected a finite value above 0"),
+        ({"temperature": math.nan}, "temperature=nan: expected a finite value above 0"),
+        ({"clip_low": math.nan}, "clip_low=nan: expected a value in [0, 1]"),
+        ({"clip_high": math.nan}, "clip_high=nan: expected a value >= 0"),
+        ({"dual_clip": math.nan}, "dual_clip=nan: expected a value above 1"),
+        ({"importance_cap": math.nan}, "importance_cap=nan: expected a value above 0"),
+        ({"kl": "k3", "kl_coef": math.nan}, "kl_coef=nan: expected a finite value"),
+        ({"entropy_coef": math.inf}, "entropy_coef=inf: expected a finite value"),
         ({"kl_coef": 0.1}, "kl_coef=0.1 needs kl to be one of k1, k2, k3"),
         ({"chunk_tokens": -1}, "chunk_tokens=-1: expected None, 0 (streaming) or a row count"),
     ],
