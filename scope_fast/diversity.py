@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable, Sequence
 from itertools import combinations
 from statistics import fmean
@@ -65,14 +66,17 @@ def self_bleu(texts: Sequence[str]) -> float | None:
         return None
     bleu = BLEU(effective_order=True)
     others = [[*texts[:i], *texts[i + 1 :]] for i in range(len(texts))]
-    return fmean(bleu.sentence_score(text, rest).score / 100.0 for text, rest in zip(texts, others, strict=True))
+    return fmean(
+        1.0 if text in rest else bleu.sentence_score(text, rest).score / 100.0
+        for text, rest in zip(texts, others, strict=True)
+    )
 
 
 def self_rouge(texts: Sequence[str], max_words: int = 256) -> float | None:
     """Mean ROUGE-L F1 over all pairs of texts, in [0, 1]: 1 for equal texts. None for fewer than two.
 
     Only the first `max_words` words of a text are compared: the longest common subsequence costs their product, in
-    Python (rouge-score; lower case, letters and digits alone, no stemming). ImportError without it.
+    Python (rouge-score; words of letters and digits of any script in lower case, no stemming). ImportError without it.
     """
     try:
         from rouge_score.rouge_scorer import RougeScorer
@@ -80,6 +84,13 @@ def self_rouge(texts: Sequence[str], max_words: int = 256) -> float | None:
         raise ImportError(f"self-ROUGE needs rouge-score: {INSTALL}") from error
     if len(texts) < 2:
         return None
-    scorer = RougeScorer(["rougeL"])
+    scorer = RougeScorer(["rougeL"], tokenizer=_Words())
     heads = [" ".join(text.split()[:max_words]) for text in texts]
-    return fmean(scorer.score(a, b)["rougeL"].fmeasure for a, b in combinations(heads, 2))
+    return fmean(1.0 if a == b else scorer.score(a, b)["rougeL"].fmeasure for a, b in combinations(heads, 2))
+
+
+class _Words:
+    """rouge-score's own tokenizer keeps [a-z0-9] alone, to which two texts in another script are two empty ones."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return re.findall(r"[^\W_]+", text.lower())
