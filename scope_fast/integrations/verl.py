@@ -15,6 +15,9 @@ every worker train with `mixed_loss`, which reads one more entry of the batch,
 The student's tokens keep verl's own ppo_loss (policy loss, KL, entropy bonus); the teacher's add nll_coef times their
 weighted likelihood, aggregated by the same loss_agg_mode over the same global counts ("joint" in our words; but
 "seq-mean-token-mean" divides each sequence's two parts by their own numbers of tokens).
+Of verl's rollout correction take token-level weights alone (algorithm.rollout_correction.rollout_is=token, rollout_rs
+null): verl compares old_log_probs and rollout_log_probs over the whole response_mask, and nobody drew the teacher's
+tokens from the student, so a weight or a rejection of the whole sequence would be theirs and not the student's.
 
 `patch_fused_head()` puts `linear_logprob` in the place of verl's Triton head (use_fused_kernels=True with
 fused_kernel_options.impl_backend=triton); external_lib=scope_fast.integrations.verl_head does both.
