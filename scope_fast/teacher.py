@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from scope_fast import config as cfg
-from scope_fast.rollout.base import RolloutEngine, Sampling
+from scope_fast.rollout.base import LocalEngine, Sampling
 from scope_fast.scope.trajectory import Prompt
 from scope_fast.tasks import STYLES, get_task
 
@@ -44,6 +44,9 @@ class TeacherError(RuntimeError):
 
 
 class Teacher(Protocol):
+    """One with a true `in_process` computes in this process, where nobody could end it from outside: it keeps to its
+    time itself."""
+
     def complete(self, requests: list[Request]) -> list[Reply | TeacherError]:
         """One reply or error per request, in order. May block; `ask` puts a bound on it."""
 
@@ -76,32 +79,31 @@ class SolverTeacher:
 class ModelTeacher:
     """A stronger model that shares the student's tokenizer, continued from the student's own token ids.
 
-    The draw depends on what is asked and on nothing beside it, so that a resumed run is told the same. Raises
-    RuntimeError while an earlier call that `ask` gave up on still holds the engine: engines serve one caller at a time.
+    The draw depends on what is asked and on nothing beside it, so that a resumed run is told the same. What has not
+    ended within `teacher.timeout_s` is given up, the rest is kept.
     """
 
-    def __init__(self, engine: RolloutEngine, tokenizer, config: cfg.Teacher, context: int, seed: int) -> None:
+    # vLLM keeps what a forward pass works on in globals: one that went on beside the student's would corrupt both
+    in_process = True
+
+    def __init__(self, engine: LocalEngine, tokenizer, config: cfg.Teacher, context: int, seed: int) -> None:
         self._engine, self._tokenizer, self._seed = engine, tokenizer, seed
+        self._timeout_s = config.timeout_s
         # the student's EOS too: a teacher's own configuration may name another, which ends its turn as well
         self._sampling = Sampling(config.temperature, 1.0, config.max_tokens, (tokenizer.eos_token_id,))
-        self._context, self._busy = context, threading.Lock()
+        self._context = context
 
     def complete(self, requests: list[Request]) -> list[Reply | TeacherError]:
-        if not self._busy.acquire(blocking=False):
-            raise RuntimeError("the teacher is still busy with an earlier call")
-        try:
-            return self._complete(requests)
-        finally:
-            self._busy.release()
-
-    def _complete(self, requests: list[Request]) -> list[Reply | TeacherError]:
         prompts = [[*request.prompt.ids, *request.prefix_ids] for request in requests]
         fits = [i for i, prompt in enumerate(prompts) if len(prompt) < self._context]
         replies: list[Reply | TeacherError] = [TeacherError("the prefix fills the teacher's context")] * len(requests)
         if fits:
             seeds = [[self._draw(requests[i])] for i in fits]
-            rollouts = self._engine.generate([prompts[i] for i in fits], 1, self._sampling, seeds)
+            rollouts = self._engine.generate([prompts[i] for i in fits], 1, self._sampling, seeds, self._timeout_s)
             for i, (rollout,) in zip(fits, rollouts, strict=True):
+                if rollout.finish_reason == "timeout":
+                    replies[i] = timed_out(self._timeout_s)
+                    continue
                 finished = rollout.finish_reason == "stop"
                 ids = rollout.token_ids[:-1] if finished else rollout.token_ids
                 # special tokens in the middle stay, for `splice` to reject
@@ -121,7 +123,8 @@ def check_shared_tokenizer(student, other, name: str) -> None:
 
 
 def ask(teacher: Teacher, requests: list[Request], timeout_s: float) -> list[Reply | TeacherError]:
-    """`teacher.complete` under a bound of `timeout_s` seconds for the whole call.
+    """`teacher.complete` under a bound of `timeout_s` seconds for the whole call; in its own thread, unless it computes
+    in this process and keeps to its time itself.
 
     A teacher that raises, takes too long, answers the wrong number of requests, or answers one with nothing costs its
     requests a TeacherError each, never an exception here: the caller counts them.
@@ -136,11 +139,14 @@ def ask(teacher: Teacher, requests: list[Request], timeout_s: float) -> list[Rep
         except Exception as error:  # noqa: BLE001  whatever a teacher raises is counted and named by the caller
             future.set_exception(error)
 
-    threading.Thread(target=work, daemon=True, name="teacher").start()  # daemon: one that hangs must not hold the exit
+    if getattr(teacher, "in_process", False):
+        work()
+    else:  # daemon: one that hangs must not hold the exit
+        threading.Thread(target=work, daemon=True, name="teacher").start()
     try:
         error = future.exception(timeout_s)
     except TimeoutError:
-        return [TeacherError(f"timed out after {timeout_s:g} s")] * len(requests)
+        return [timed_out(timeout_s)] * len(requests)
     if error is not None:
         return [TeacherError(f"{type(error).__name__}: {error}")] * len(requests)
     replies = future.result()
@@ -148,6 +154,10 @@ def ask(teacher: Teacher, requests: list[Request], timeout_s: float) -> list[Rep
         given = f"{len(replies)} replies" if isinstance(replies, list) else f"a {type(replies).__name__}"
         return [TeacherError(f"{given} to {len(requests)} requests")] * len(requests)
     return [_usable(reply) for reply in replies]
+
+
+def timed_out(timeout_s: float) -> TeacherError:
+    return TeacherError(f"timed out after {timeout_s:g} s")
 
 
 def counts_of(teacher: Teacher) -> dict[str, int]:

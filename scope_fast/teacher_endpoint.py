@@ -72,7 +72,7 @@ class EndpointTeacher:
         self.counts.clear()
         return counts
 
-    def body(self, request: Request, index: int = 0) -> dict[str, Any]:
+    def body(self, request: Request) -> dict[str, Any]:
         """What is sent. No seed where nothing is drawn, so that the cache finds the same question again. Of the room
         that is left where the server counts in the student's tokens."""
         budget = self._config.max_tokens
@@ -84,7 +84,7 @@ class EndpointTeacher:
             "temperature": self._config.temperature,
         }
         if self._config.temperature > 0.0:
-            what = f"{self._seed}/{request.seed}/{index}/{request.prompt.id}"
+            what = f"{self._seed}/{request.seed}/{request.prompt.id}"
             body["seed"] = int.from_bytes(hashlib.sha256(what.encode()).digest()[:6], "big")
         if self.sends_tokens:
             return {**body, "prompt": [*request.prompt.ids, *request.prefix_ids]}
@@ -97,7 +97,7 @@ class EndpointTeacher:
         self._deadline = asyncio.get_running_loop().time() + bound - min(1.0, 0.1 * bound)
         slots = asyncio.Semaphore(self._server.concurrency)
         async with self._client() as client:
-            tasks = [self._one(client, slots, request, i) for i, request in enumerate(requests)]
+            tasks = [self._one(client, slots, request) for request in requests]
             results = await asyncio.gather(*tasks, return_exceptions=True)
         return [self._settled(result) for result in results]
 
@@ -115,9 +115,9 @@ class EndpointTeacher:
         limits = self._httpx.Limits(max_connections=self._server.concurrency)
         return self._httpx.AsyncClient(headers=headers, limits=limits, timeout=self._server.request_timeout_s)
 
-    async def _one(self, client, slots: asyncio.Semaphore, request: Request, index: int) -> Outcome:
+    async def _one(self, client, slots: asyncio.Semaphore, request: Request) -> Outcome:
         """A request to its end: from the cache, or attempt after attempt."""
-        body = self.body(request, index)
+        body = self.body(request)
         cached = self._cached(body)
         if cached is not None:
             self.counts["cached" if isinstance(cached, Reply) else f"error/{cached.category}"] += 1

@@ -10,7 +10,7 @@ import torch
 from tiny_models import EOS, VOCAB, make, perturb, response_logits, response_logprobs
 
 from scope_fast import rollout as rollout_package
-from scope_fast.rollout import EngineOptions, Sampling, base, make_engine, vllm_engine
+from scope_fast.rollout import EngineOptions, Sampling, base, make_engine, transformers_engine, vllm_engine
 from scope_fast.rollout.transformers_engine import TransformersEngine, sample
 from scope_fast.rollout.vllm_server import server_arguments
 
@@ -99,6 +99,37 @@ def test_stop_ids_are_added_to_the_models_own(engine):
         assert not set(r.token_ids[:-1]) & set(stop)
         assert (r.finish_reason == "stop") == (r.token_ids[-1] in stop)
     assert sum(r.finish_reason == "stop" for r in rollouts) > 60  # a fifth of the vocabulary stops
+
+
+class Ticks:
+    """A clock on which every look takes a second."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def monotonic(self):
+        self.now += 1.0
+        return self.now
+
+
+def test_what_has_not_ended_in_time_is_given_up(engine, monkeypatch):
+    """The rest is as it would have been, and nothing of it is left in the engine."""
+    if not isinstance(engine, TransformersEngine | vllm_engine.VllmEngine):
+        pytest.skip("a server's requests end by their own timeout")
+    stop = Sampling(max_tokens=30, stop_token_ids=tuple(range(100, 130)))
+    undisturbed = engine.generate(PROMPTS[:2], 4, stop, seeds_for(2, 4))
+    clock = Ticks()
+    for module in (base, vllm_engine, transformers_engine):
+        monkeypatch.setattr(module, "time", clock)
+    late = engine.generate(PROMPTS[:2], 4, stop, seeds_for(2, 4), timeout_s=6.0)
+    assert {r.finish_reason for r in flat(late)} == {"stop", "timeout"}
+    for got, true in zip(flat(late), flat(undisturbed), strict=True):
+        if got.finish_reason == "timeout":
+            assert (got.token_ids, got.logprobs, got.prompt_ids) == ([], [], true.prompt_ids)
+            assert len(true.token_ids) > 4
+        else:
+            assert got.token_ids == true.token_ids
+    assert engine.generate(PROMPTS[:2], 4, stop, seeds_for(2, 4), timeout_s=1000.0) == undisturbed
 
 
 def test_the_context_ends_a_response(engine):

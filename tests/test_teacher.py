@@ -147,18 +147,20 @@ class Engine:
 
     def __init__(self, token_ids, finish_reason="stop"):
         self.token_ids, self.finish_reason, self.calls = token_ids, finish_reason, []
-        self.wait = None
+        self.late, self.timeouts, self.threads = (), [], []
 
-    def generate(self, prompts, n, sampling, seeds=None):
+    def generate(self, prompts, n, sampling, seeds=None, timeout_s=None):
         self.calls.append((prompts, n, sampling, seeds))
-        if self.wait:
-            self.wait.wait(60)
+        self.timeouts.append(timeout_s)
+        self.threads.append(threading.current_thread())
         count = len(self.token_ids)
-        return [[Rollout(p, self.token_ids, [-1.0] * count, self.finish_reason, 0)] * n for p in prompts]
+        ended = [Rollout(p, self.token_ids, [-1.0] * count, self.finish_reason, 0) for p in prompts]
+        return [[Rollout(p, [], [], "timeout", 0) if i in self.late else ended[i]] * n for i, p in enumerate(prompts)]
 
 
 def model_teacher(engine, context=8, seed=3):
-    return ModelTeacher(engine, byte_level(), cfg.Teacher(kind="model", temperature=0.5, max_tokens=9), context, seed)
+    settings = cfg.Teacher(kind="model", temperature=0.5, max_tokens=9, timeout_s=7.0)
+    return ModelTeacher(engine, byte_level(), settings, context, seed)
 
 
 def test_a_model_is_given_the_student_s_own_tokens():
@@ -216,25 +218,17 @@ def test_draws_depend_on_the_request_and_on_nothing_beside_it():
     assert len({zero, one, *draws(request(), seed=4)}) == 3
 
 
-def test_an_engine_serves_one_call_at_a_time():
-    """The call that was given up on still has the engine; the next one must not enter it."""
+def test_a_model_that_is_late_costs_what_has_not_ended():
+    """In the caller's thread: nothing goes on beside the student's engine."""
     engine = Engine([66, 0])
-    engine.wait = threading.Event()
-    teacher = model_teacher(engine)
-    try:
-        assert errors(ask(teacher, [request()], 0.1)) == ["timed out after 0.1 s"]
-        message = "RuntimeError: the teacher is still busy with an earlier call"
-        assert errors(ask(teacher, [request()], 5.0)) == [message]
-        assert len(engine.calls) == 1
-    finally:
-        engine.wait.set()
-    for thread in threading.enumerate():
-        if thread.name == "teacher":
-            thread.join(10)
-    assert ask(teacher, [request()], 5.0) == [Reply(byte_level().decode([66]))]
+    engine.late = {1}
+    got = ask(model_teacher(engine), [request(seed=seed) for seed in range(3)], 0.001)
+    assert errors(got[1:2]) == ["timed out after 7 s"]  # its own time, which it was made with
+    assert got[::2] == [Reply(byte_level().decode([66]))] * 2
+    assert engine.timeouts == [7.0] and engine.threads == [threading.current_thread()]
 
 
-def test_a_failed_call_frees_the_engine():
+def test_a_failed_call_costs_its_own_requests():
     engine = Engine([66, 0])
     teacher = model_teacher(engine)
     engine.generate, works = (lambda *arguments: raise_(MemoryError("full"))), engine.generate

@@ -7,7 +7,9 @@ the policy gradient would then be taken at tokens nobody drew.
 from __future__ import annotations
 
 import contextlib
+import math
 import random
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -48,7 +50,8 @@ class Rollout:
     token_ids: the sampled tokens, the stop token included where one was drawn.
     logprobs: natural log-probability of every token of token_ids under the distribution it was drawn from, as long as
         token_ids.
-    finish_reason: "stop" (a stop token was drawn) or "length" (max_tokens or the context ran out).
+    finish_reason: "stop" (a stop token was drawn), "length" (max_tokens or the context ran out), or "timeout" (of a
+        `LocalEngine` that was given one: without tokens).
     weight_version: the version of the weights that drew the last token.
     weight_versions: runs of tokens by the weights that drew them, (version, start, end), in order and without gaps;
         more than one where weights were switched in flight. None: one version drew all.
@@ -111,6 +114,21 @@ class RolloutEngine(Protocol):
 
     def close(self) -> None:
         """Frees the engine. Calling it twice is harmless; every other method then raises RuntimeError."""
+
+
+class LocalEngine(RolloutEngine, Protocol):
+    """An engine that computes in this process, where nobody else can stop it."""
+
+    def generate(
+        self,
+        prompts: list[list[int]],
+        n: int,
+        sampling: Sampling,
+        seeds: list[list[int]] | None = None,
+        timeout_s: float | None = None,
+    ) -> list[list[Rollout]]:
+        """timeout_s: responses that have not ended by then are given up between two tokens, with finish_reason
+        "timeout"."""
 
 
 @dataclass(frozen=True)
@@ -222,6 +240,11 @@ def torch_threads(num_threads: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def deadline_of(timeout_s: float | None) -> float:
+    """On time.monotonic's clock."""
+    return math.inf if timeout_s is None else time.monotonic() + timeout_s
 
 
 def check_version(version: int) -> None:

@@ -8,6 +8,7 @@ distribution: one vectorised operation for the batch, and no response depends on
 from __future__ import annotations
 
 import random
+import time
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,7 @@ from scope_fast.rollout.base import (
     WeightSource,
     check_request,
     check_version,
+    deadline_of,
     draw_seeds,
     eos_token_ids,
     torch_threads,
@@ -59,10 +61,15 @@ class TransformersEngine:
 
     @torch.no_grad()
     def generate(
-        self, prompts: list[list[int]], n: int, sampling: Sampling, seeds: list[list[int]] | None = None
+        self,
+        prompts: list[list[int]],
+        n: int,
+        sampling: Sampling,
+        seeds: list[list[int]] | None = None,
+        timeout_s: float | None = None,
     ) -> list[list[Rollout]]:
         self._check_usable()
-        version = self._version
+        version, deadline = self._version, deadline_of(timeout_s)
         check_request(prompts, n, seeds, self._context, self._vocab)
         if seeds is None:
             seeds = draw_seeds(self._seeds, len(prompts), n)
@@ -71,7 +78,7 @@ class TransformersEngine:
         ]
         with torch_threads(self._options.num_threads):
             for start in range(0, len(requests), self._options.max_num_seqs):
-                self._decode(requests[start : start + self._options.max_num_seqs], sampling)
+                self._decode(requests[start : start + self._options.max_num_seqs], sampling, deadline)
         rollouts = [Rollout(list(r.prompt_ids), r.token_ids, r.logprobs, r.finish_reason, version) for r in requests]
         return [rollouts[i * n : (i + 1) * n] for i in range(len(prompts))]
 
@@ -111,7 +118,7 @@ class TransformersEngine:
         generator = torch.Generator().manual_seed(seed)
         return _Request(prompt, torch.rand(budget, generator=generator, dtype=torch.float64), [], [])
 
-    def _decode(self, requests: list[_Request], sampling: Sampling) -> None:
+    def _decode(self, requests: list[_Request], sampling: Sampling, deadline: float) -> None:
         """Samples until every request has ended; the batch is cut once half of its rows have."""
         from transformers import DynamicCache
 
@@ -122,6 +129,11 @@ class TransformersEngine:
         cache = DynamicCache(config=self._model.config)
         running = list(requests)
         while True:
+            if time.monotonic() > deadline:
+                for request in running:
+                    if not request.finish_reason:
+                        request.token_ids, request.logprobs, request.finish_reason = [], [], "timeout"
+                return
             logits = self._model(
                 input_ids=tokens,
                 attention_mask=mask,

@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import logging
 import os
 import random
+import time
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -34,6 +36,7 @@ from scope_fast.rollout.base import (
     WeightSource,
     check_request,
     check_version,
+    deadline_of,
     draw_seeds,
     eos_token_ids,
     prefill_tokens_on_cpu,
@@ -106,7 +109,7 @@ class VllmEngine:
         vllm = import_vllm()
         options = options or EngineOptions()
         weight_sync.register()
-        self._sampling_params = vllm.SamplingParams
+        self._sampling_params, self._request_names = vllm.SamplingParams, itertools.count()
         self._stop_ids = eos_token_ids(str(model_dir))
         self._seeds = random.Random(options.seed)
         self._num_threads, self._bucket_bytes = options.num_threads, options.bucket_bytes
@@ -133,7 +136,12 @@ class VllmEngine:
         return self._version
 
     def generate(
-        self, prompts: list[list[int]], n: int, sampling: Sampling, seeds: list[list[int]] | None = None
+        self,
+        prompts: list[list[int]],
+        n: int,
+        sampling: Sampling,
+        seeds: list[list[int]] | None = None,
+        timeout_s: float | None = None,
     ) -> list[list[Rollout]]:
         self._check_usable()
         if self._asleep:
@@ -142,12 +150,35 @@ class VllmEngine:
         check_request(prompts, n, seeds, self._context, self._vocab)
         if seeds is None:
             seeds = draw_seeds(self._seeds, len(prompts), n)
-        requests = [{"prompt_token_ids": prompt} for prompt in prompts for _ in range(n)]
+        requests = [prompt for prompt in prompts for _ in range(n)]
         params = [self._params(sampling, seed) for row in seeds for seed in row]
         with _preserved_random_state(), self._working():
-            outputs = self._llm.generate(requests, params, use_tqdm=False)
-        rollouts = [_rollout(output, version) for output in outputs]
+            outputs = self._run(requests, params, deadline_of(timeout_s))
+        rollouts = [
+            Rollout(list(prompt), [], [], "timeout", version) if output is None else _rollout(output, version)
+            for prompt, output in zip(requests, outputs, strict=True)
+        ]
         return [rollouts[i * n : (i + 1) * n] for i in range(len(prompts))]
+
+    def _run(self, prompts: list[list[int]], params: list[Any], deadline: float) -> list[Any]:
+        """vLLM's outputs; None for what had not ended at the deadline. `LLM.generate` by hand, since that cannot be
+        stopped; nothing is left in the engine, whatever ends this."""
+        engine, outputs, waiting = self._llm.llm_engine, [None] * len(prompts), {}
+        try:
+            for i, (prompt, param) in enumerate(zip(prompts, params, strict=True)):
+                name = str(next(self._request_names))
+                engine.add_request(name, {"prompt_token_ids": prompt}, param)
+                waiting[name] = i
+            while engine.has_unfinished_requests() and time.monotonic() <= deadline:
+                for output in engine.step():
+                    if output.finished:
+                        outputs[waiting.pop(output.request_id)] = output
+            if waiting and not engine.has_unfinished_requests():
+                raise RuntimeError(f"vLLM has nothing left to do, and {len(waiting)} requests without an output")
+        finally:
+            if waiting:
+                engine.abort_request(list(waiting))
+        return outputs
 
     def update_weights(self, weights: torch.nn.Module | WeightSource, version: int) -> None:
         """The timeline is in `weight_sync.ShmSender`. After `sync_timeout_s` the process ends, see `watch.watchdog`."""
@@ -209,6 +240,8 @@ class VllmEngine:
         return weight_sync.ShmSender.trainer_init(init, client=self._client, source=source)
 
     def _params(self, sampling: Sampling, seed: int) -> Any:
+        from vllm.sampling_params import RequestOutputKind
+
         return self._sampling_params(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
@@ -216,6 +249,7 @@ class VllmEngine:
             seed=seed,
             stop_token_ids=sorted({*self._stop_ids, *sampling.stop_token_ids}),
             ignore_eos=True,  # the stop ids above are the whole truth
+            output_kind=RequestOutputKind.FINAL_ONLY,
             logprobs=0,  # the sampled token's own
             flat_logprobs=True,
             detokenize=False,
