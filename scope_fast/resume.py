@@ -9,10 +9,11 @@ from scope_fast import checkpoint, distributed
 from scope_fast.config import Config
 from scope_fast.config_files import load, to_yaml
 from scope_fast.files import WriteFailed, write_whole, writing
+from scope_fast.metrics import read_jsonl
 from scope_fast.progress import console
 
 MAY_CHANGE = frozenset(  # between the parts of a resumed run: what places and paces the work, and no formula
-    {"steps", "out", "cache", "checkpoint", "logging", "distributed"}
+    {"steps", "out", "cache", "checkpoint", "logging", "distributed", "model.config"}
     | {f"learner.{name}" for name in ("token_budget", "max_skipped_updates", "activation_checkpointing", "attention")}
     | {f"learner.{name}" for name in ("liger", "shard_size", "cpu_offload", "peak_tflops")}
     | {f"rollout.{name}" for name in ("engine", "server_url", "server_gpus", "server_workers", "transfer")}
@@ -31,22 +32,22 @@ LAST = ("export", "report.html")  # what is made after the last step, in this or
 def claim(config: Config, resume: str) -> Path | None:
     """Takes the run directory, and returns the checkpoint to go on from, if any.
 
-    Raises ValueError if a run of another configuration began there, or any at all with `--resume never`. What only
-    places and paces the work may change between the parts of a run (MAY_CHANGE), and `steps`, unless the learning
-    rate's schedule depends on it.
+    Raises ValueError if a run of another configuration began there, or any at all with `--resume never`; if it went
+    further than `steps`, or its checkpoints are lost. What only places and paces the work may change between the parts
+    of a run (MAY_CHANGE), and `steps`, unless the learning rate's schedule depends on it.
     """
-    refusal = None
+    start, refusal = checkpoint.latest(config.run_dir), None
     if distributed.is_main():
         try:
-            _claim_folder(config, resume)
+            _claim_folder(config, resume, start)
         except (ValueError, WriteFailed) as error:
             refusal = type(error), str(error)
     if refusal := distributed.agree(refusal):
         raise refusal[0](refusal[1])
-    return checkpoint.latest(config.run_dir)
+    return start
 
 
-def _claim_folder(config: Config, resume: str) -> None:
+def _claim_folder(config: Config, resume: str, start: Path | None) -> None:
     folder = config.run_dir
     with writing("the run directory", folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -58,11 +59,29 @@ def _claim_folder(config: Config, resume: str) -> None:
         old, new = load(stored).model_dump(), config.model_dump()
         if different := _differences(old, new, free):
             raise ValueError(f"out: {folder} holds a run of another configuration ({', '.join(different)} differ)")
+        _check_progress(config, start, old["checkpoint"]["every"])
         if changed := _differences(old, new, QUIET_CHANGES):
             console.print(f"{folder} goes on with other values of {', '.join(changed)}", markup=False)
     text = to_yaml(config)
     if not stored.exists() or stored.read_text(encoding="utf-8") != text:
         write_whole(stored, text, "the configuration")
+
+
+def _check_progress(config: Config, start: Path | None, every: int) -> None:
+    """ValueError for a run that is further than it should go, or whose logs would be emptied though it was once saved.
+    every: steps from one checkpoint to the next, of the run so far."""
+    folder = config.run_dir
+    if start is not None:
+        if (done := checkpoint.step_of(start)) > config.steps:
+            raise ValueError(f"steps: {folder} has done {done} steps, which {config.steps} do not take back")
+        return
+    logged = max((record["step"] for _, _, record in read_jsonl(folder / "metrics.jsonl")), default=0)
+    saved = any((folder / "checkpoints").glob("step_*")) or (folder / "export").exists()
+    if saved or logged > (every or config.steps):
+        raise ValueError(
+            f"out: {folder} holds {logged} steps and no whole checkpoint to go on from; move it away to start over, or "
+            "choose another directory"
+        )
 
 
 def finished(config: Config, start: Path | None) -> bool:
@@ -83,7 +102,7 @@ def forget_last(out: Path) -> None:
 def _differences(old: dict, new: dict, free: frozenset[str] = frozenset(), prefix: str = "") -> list[str]:
     found = []
     for key in (key for key in new if f"{prefix}{key}" not in free):
-        if isinstance(new[key], dict):
+        if isinstance(new[key], dict) and isinstance(old[key], dict) and new[key].keys() == old[key].keys():
             found += _differences(old[key], new[key], free, prefix=f"{prefix}{key}.")
         elif old[key] != new[key]:
             found.append(f"{prefix}{key}")

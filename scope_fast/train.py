@@ -124,6 +124,8 @@ def parse(argv: list[str] | None) -> tuple[Config, str, bool, replay.Source | No
         named = known.resume if known.resume not in ("auto", "never") else None
         if named is not None and not (Path(named).expanduser() / "config.yaml").exists():
             raise ValueError(f"--resume {named}: no run there (no config.yaml)")
+        if named is not None and "out" in dict(overrides(rest)):
+            raise ValueError(f"--resume {named} goes on in that directory, not in --out {dict(overrides(rest))['out']}")
         config = load(path if path or named is None else Path(named).expanduser() / "config.yaml", overrides(rest))
         if named is not None:
             config = config.model_copy(update={"out": named})

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from scope_fast import build, train
+from scope_fast import build, checkpoint, train
 from scope_fast.build import engine_options
 from scope_fast.config_files import load, to_yaml
 from scope_fast.resume import MAY_CHANGE, QUIET_CHANGES, claim
@@ -192,7 +192,7 @@ def under(prefix: str, values: object) -> list[str]:
     return [name for key, value in values.items() for name in (f"{prefix}.{key}", *under(f"{prefix}.{key}", value))]
 
 
-def test_resume_of_a_directory_takes_its_configuration(tmp_path):
+def test_resume_of_a_directory_takes_its_configuration(tmp_path, capsys):
     (tmp_path / "config.yaml").write_text(to_yaml(load(None, [("method", "grpo"), ("learner.lr", "0.5")])))
     config, *_ = train.parse(["--resume", str(tmp_path), "--steps", "7"])
     assert (config.method, config.learner.lr, config.steps) == ("grpo", 0.5, 7) and config.run_dir == tmp_path
@@ -200,6 +200,53 @@ def test_resume_of_a_directory_takes_its_configuration(tmp_path):
     assert config.method == "scope" and config.run_dir == tmp_path
     with pytest.raises(SystemExit):
         train.parse(["--resume", str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit):
+        train.parse(["--resume", str(tmp_path), "--out", str(tmp_path / "elsewhere")])
+    assert f"--resume {tmp_path} goes on in that directory, not in --out" in capsys.readouterr().err
+
+
+def claimed(folder, *arguments):
+    return claim(train.parse(["--out", str(folder), "--learner.schedule", "constant", *arguments])[0], "auto")
+
+
+def test_a_run_goes_on_and_never_back(tmp_path):
+    claimed(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 4}\n')
+    checkpoint.save(tmp_path, 4, {"w": 1}, keep=1)
+    (saved,) = (tmp_path / "checkpoints").iterdir()
+    assert claimed(tmp_path, "--steps", "5") == claimed(tmp_path, "--steps", "4") == saved
+    before = (tmp_path / "config.yaml").read_text()
+    with pytest.raises(ValueError, match=r"^steps: .* has done 4 steps, which 3 do not take back$"):
+        claimed(tmp_path, "--steps", "3")
+    assert (tmp_path / "config.yaml").read_text() == before
+
+
+@pytest.mark.parametrize("left", ["a damaged checkpoint", "an export", "its logs"])
+def test_a_run_that_lost_its_checkpoints_is_not_started_over(tmp_path, left):
+    """Its logs would be emptied."""
+    arguments = ("--steps", "9", "--checkpoint.every", "3")
+    claimed(tmp_path, *arguments)
+    lines = '{"step": 0}\n{"step": 3}\n'  # as of a run that was killed while it saved for the first time
+    (tmp_path / "metrics.jsonl").write_text(lines)
+    assert claimed(tmp_path, *arguments) is None
+    if left == "a damaged checkpoint":
+        (tmp_path / "checkpoints" / "step_3").mkdir(parents=True)
+    elif left == "an export":
+        (tmp_path / "export").mkdir()
+    else:
+        (tmp_path / "metrics.jsonl").write_text(lines + '{"step": 4}\n')
+    with pytest.raises(
+        ValueError, match=r"^out: .* holds \d steps and no whole checkpoint to go on from"
+    ):
+        claimed(tmp_path, *arguments)
+
+
+def test_the_architecture_for_the_plan_alone_may_come_and_go(tmp_path):
+    claimed(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')
+    claimed(tmp_path, "--model.config", "{model_type: qwen2}")
+    claimed(tmp_path, "--model.config", "{model_type: qwen2, hidden_size: 8}")
+    claimed(tmp_path)
 
 
 def test_a_directory_of_another_configuration_is_refused(tmp_path, capsys):
