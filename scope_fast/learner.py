@@ -138,7 +138,8 @@ class Learner:
         self.joint_normalizer, self.mesh = joint_normalizer, mesh
         lower = compute_dtype != torch.float32 and mesh is None  # sharded weights are cast as they are gathered
         device_type = next(model.parameters()).device.type if mesh is None else mesh.device_type
-        autocast = partial(torch.autocast, device_type, compute_dtype, enabled=lower)
+        # no cache: it would keep a cast copy of every weight until the end of the forward, recomputed blocks' too
+        autocast = partial(torch.autocast, device_type, compute_dtype, enabled=lower, cache_enabled=False)
         self.flops = model_flops(model)
         self.peak_tflops = config.peak_tflops or peak_tflops(torch.device(device_type), compute_dtype)
         frozen = copy.deepcopy(model).requires_grad_(False) if options.kl_coef else None
@@ -188,7 +189,9 @@ class Learner:
         for minibatch in packed * self.config.epochs:
             norms.append(self._step(minibatch, totals))
         if not on_policy and totals:  # measured before the updates: afterwards it would show how far they went
-            totals["sampling/gap_max"] = max(_gap(batch.streams) for minibatch in packed for batch in minibatch)
+            gaps = [_gap(batch.streams) for minibatch in packed for batch in minibatch]
+            # NaN: of an update that is skipped, and counted
+            totals["sampling/gap_max"] = max((gap for gap in gaps if math.isfinite(gap)), default=0.0)
         totals |= {"tokens/trained": trained, "tokens/wanted": wanted} | work
         totals = _merged(distributed.gather(dict(totals)))
         finite = [norm for norm in norms if math.isfinite(norm)]

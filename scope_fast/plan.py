@@ -1,7 +1,8 @@
 """What a run would do and hold, before it starts: tokens a step, micro-batches, and bytes on every GPU by kind.
 
     weights, gradients, optimiser    4 + 4 + 8 bytes a parameter (float32 masters, AdamW), over the shard group
-    gathered                         the root's unit and two blocks (one computing, the next on its way), compute dtype
+    gathered                         the root's unit and two blocks (one computing, the next on its way), compute dtype;
+                                     of a lone process the copies it casts, whose blocks are kept if not recomputed
     activations                      of the token budget: `activation_bytes`, less what is recomputed
     head                             one chunk of logits and its gradient, and dW of the whole head in float32
     reward model                     every rank's own copy, in the compute dtype
@@ -133,14 +134,15 @@ def memory(config: Config, sizes: Sizes, ranks: int, reward_parameters: int = 0)
     """Of one of `ranks` GPUs."""
     learner, dtype_bytes = config.learner, {"float32": 4, "bfloat16": 2}[config.model.dtype]
     shards = min(learner.shard_size or config.distributed.gpus_per_node, ranks)
-    resident = 0 if learner.cpu_offload else sizes.parameters / shards
+    resident = 0 if learner.cpu_offload and ranks > 1 else sizes.parameters / shards
     kept = {"none": sizes.layers, "selective": sizes.layers // 2, "full": 0}[learner.activation_checkpointing]
     token = activation_bytes(sizes, dtype_bytes)
     # a recomputed block keeps its input, and is whole again, alone, in its own backward
     activations = (
         kept * token + (sizes.layers - kept) * dtype_bytes * sizes.hidden + (token if kept < sizes.layers else 0)
     )
-    gathered = (sizes.root + 2 * sizes.block) * dtype_bytes if ranks > 1 else 0
+    blocks = 2 if ranks > 1 else max(kept, 2)  # sharded ones are gathered again for the backward
+    gathered = (sizes.root + blocks * sizes.block) * dtype_bytes if ranks > 1 or dtype_bytes < 4 else 0
     gpu_bytes = config.distributed.gpu_memory_gib * GIB
     head = min(budget_bytes(int(gpu_bytes)), learner.token_budget * sizes.vocabulary * (4 + dtype_bytes))
     head += sizes.vocabulary * sizes.hidden * 4

@@ -3,18 +3,22 @@
 import copy
 import math
 import random
+import weakref
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from scope_fast import attention
+from scope_fast import learner as learner_module
 from scope_fast.attention import check_packing
 from scope_fast.batch import LossOptions, Segment, TrainSequence, pack, sequence_lengths
 from scope_fast.config import Learner as Settings
 from scope_fast.learner import Learner, check_model, hidden_rows
+from scope_fast.losses import linear_scope_loss
 
 IGNORE, RL, NLL = Segment.IGNORE, Segment.RL, Segment.NLL
 NAN = math.nan
@@ -482,3 +486,41 @@ def test_a_composite_model_is_judged_by_its_text_part():
     model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: text))
     with pytest.raises(ValueError, match=r"final_logit_softcapping=30\.0"):
         check_model(model)
+
+
+def test_autocast_keeps_no_copies_of_recomputed_weights(monkeypatch):
+    """Its cache would: a bfloat16 copy of every weight until the end of the forward, two bytes a parameter."""
+    copies, alive = [], []
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten._to_copy.default and isinstance(args[0], nn.Parameter):
+                copies.append(weakref.ref(out.untyped_storage()))
+            return out
+
+    def head(*args, **kwargs):  # what comes last in the forward
+        alive.append(sum(copy() is not None for copy in copies))
+        return linear_scope_loss(*args, **kwargs)
+
+    monkeypatch.setattr(learner_module, "linear_scope_loss", head)
+    for checkpointing in ("full", "none"):
+        settings = Settings(token_budget=64, activation_checkpointing=checkpointing)
+        made = Learner(make(), settings, LossOptions(), 10, compute_dtype=torch.bfloat16)
+        with Casts():
+            made.update([mixture(count=3)])
+        copies.clear()
+    assert alive[0] == 0 < alive[-1]  # without recomputation the backward wants them
+
+
+def test_a_minibatch_that_is_not_finite_does_not_hide_the_gap_of_another():
+    model = make()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[63] = math.inf
+    alone, both = (learner_of(copy.deepcopy(model), minibatches=n) for n in (1, 2))
+    alone.config = alone.config.model_copy(update={"epochs": 2})  # off policy, as with two minibatches
+    fine, broken = sequence([1, 2, 3], [5, 6, 7]), sequence([1, 2, 63], [5, 6, 7])
+    expected = alone.update([[fine]])["sampling/logprob_gap"]
+    metrics = both.update([[broken], [fine]])
+    assert metrics["learner/skipped_updates"] == 1
+    assert metrics["sampling/logprob_gap"] == pytest.approx(expected, rel=1e-6) and expected > 0.1

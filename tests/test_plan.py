@@ -68,7 +68,11 @@ def test_bytes_by_hand():
     assert held.activations == 10 * 8 * token
     assert held.head == 10 * 500 * (4 + 2) + 500 * 16 * 4
     assert held.engine == 0.4 * 40 * GIB
-    assert plan.memory(config, SIZES, ranks=1).gathered == 0
+    alone = plan.memory(config, SIZES, ranks=1)  # keeps a bfloat16 copy of each block for its backward
+    assert alone.gathered == 2 * (200 + 8 * 100)
+    recomputed = configured(**{"model.dtype": "bfloat16", "learner.activation_checkpointing": "full"})
+    assert plan.memory(recomputed, SIZES, ranks=1).gathered == 2 * (200 + 2 * 100)
+    assert plan.memory(configured(**{"model.dtype": "float32"}), SIZES, ranks=1).gathered == 0
 
 
 def test_shards_are_those_of_a_node_unless_said_otherwise():
@@ -147,6 +151,8 @@ def test_recomputation_and_offload_by_hand():
     assert half.activations == 10 * (4 * token + 4 * 2 * 16 + token)
     away = plan.memory(configured(**base, **{"learner.cpu_offload": True}), SIZES, 2)
     assert away.weights == away.gradients == away.optimizer == 0
+    alone = plan.memory(configured(**base, **{"learner.cpu_offload": True}), SIZES, 1)  # nothing is sharded, nor away
+    assert alone.weights == 4 * 1000
 
 
 def test_a_plan_that_cannot_fit_is_refused_with_what_to_change():
