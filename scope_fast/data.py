@@ -17,6 +17,8 @@ from scope_fast.tasks import GENERATED, GENERATORS, TASKS, check_name, dataset
 TRAIN_SEEDS_APART = 1_000_000  # reasoning-gym draws entry i from seed + i: ranges of seeds must not overlap
 ROLES = ("user", "assistant")
 HELDOUT_SEED = 1 << 60  # beyond every run's and every warm start's
+# of a generator's GENERATED entries: some take 32 bits alone, and no run's range of seeds reaches into this one
+HELDOUT_SEED_32 = (1 << 32) - 1 - GENERATED
 
 
 def encode_prompt(tokenizer, prompt: str | list[dict[str, str]]) -> list[int]:
@@ -52,14 +54,16 @@ class GymTasks:
 
     def heldout(self, count: int) -> list[dict[str, Any]]:
         """The same rows in every run."""
-        return [self._entry(i, HELDOUT_SEED) for i in range(count)]
+        return [self._entry(i, None) for i in range(count)]
 
-    def _entry(self, i: int, seed: int) -> dict[str, Any]:
+    def _entry(self, i: int, seed: int | None) -> dict[str, Any]:
+        """seed None: held out."""
         index, turn = divmod(i, len(self._tasks))
         name = self._tasks[turn]
         index = index if name in TASKS else index % GENERATED
-        entry = dataset(name, seed)[index]
-        where = f"heldout-{index}" if seed == HELDOUT_SEED else seed + index
+        heldout_seed = HELDOUT_SEED if name in TASKS else HELDOUT_SEED_32
+        entry = dataset(name, heldout_seed if seed is None else seed)[index]
+        where = f"heldout-{index}" if seed is None else seed + index
         return {"id": f"{name}/{where}", "task": name, "prompt": entry["question"], "entry": entry}
 
 

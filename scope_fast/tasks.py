@@ -187,7 +187,9 @@ def dataset(name: str, seed: int) -> Any:
         made = reasoning_gym.create_dataset(name, seed=seed, size=GENERATED)
         made[0]  # some refuse a seed only here
     except (AssertionError, ValueError) as error:  # how its generators check their settings
-        raise ValueError(f"task {name!r}: reasoning-gym makes no {GENERATED} entries of it: {error}") from error
+        raise ValueError(
+            f"task {name!r}: reasoning-gym makes no {GENERATED} entries of it with seed {seed}: {error}"
+        ) from error
     return made
 
 

@@ -7,7 +7,8 @@ import pytest
 from factories import byte_level, configured
 
 from scope_fast.config import Data
-from scope_fast.data import HELDOUT_SEED, GymTasks, PromptSource, Table, encode_prompt
+from scope_fast.data import HELDOUT_SEED, HELDOUT_SEED_32, GymTasks, PromptSource, Table, encode_prompt
+from scope_fast.tasks import GENERATED
 
 ROWS = [{"prompt": f"question {i}", "answer": str(i)} for i in range(10)]
 
@@ -130,6 +131,15 @@ def test_embedded_runs_of_any_seed_stay_apart():
     assert len({row["id"] for row in rows + heldout}) == 8
     assert [row["id"] for row in heldout] == ["chain_sum/heldout-0", "chain_sum/heldout-1"]
     assert HELDOUT_SEED > 2**20 * 2_000_000  # the largest seed a configuration takes, and as much again
+
+
+def test_generators_runs_of_any_seed_stay_apart():
+    """pool_matrix takes seeds of 32 bits alone; the ranges are of GENERATED seeds each."""
+    rows = [GymTasks(["pool_matrix"], seed).row(i) for seed in (0, 4294) for i in (0, GENERATED - 1, GENERATED)]
+    assert len({row["id"] for row in rows + GymTasks(["pool_matrix"], 0).heldout(1)}) == 5
+    first, last = HELDOUT_SEED_32, HELDOUT_SEED_32 + GENERATED - 1
+    assert last < 2**32
+    assert not any(seed * 1_000_000 <= last and seed * 1_000_000 + GENERATED > first for seed in range(2**13))
 
 
 def test_held_out_prompts_are_never_trained_on(tmp_path):

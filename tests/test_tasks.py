@@ -219,5 +219,7 @@ def test_a_row_that_only_bears_a_generator_s_name_is_compared_letter_by_letter()
 
 @pytest.mark.parametrize(("name", "message"), [("composite", "at least one dataset"), ("word_ladder", "too large")])
 def test_a_generator_that_makes_nothing_is_named(name, message):
-    with pytest.raises(ValueError, match=f"task '{name}': reasoning-gym makes no 100000 entries of it: .*{message}"):
+    with pytest.raises(
+        ValueError, match=f"{name}.: reasoning-gym makes no 100000 entries of it with seed 0: .*{message}"
+    ):
         dataset(name, 0)
