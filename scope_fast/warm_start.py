@@ -27,6 +27,7 @@ from scope_fast import config as cfg
 from scope_fast.batch import LossOptions, Segment, TrainSequence, bins, pack
 from scope_fast.config_files import load
 from scope_fast.data import encode_prompt
+from scope_fast.files import publish
 from scope_fast.learner import hidden_rows
 from scope_fast.losses import linear_scope_loss
 from scope_fast.prm.formats import Encoded
@@ -62,8 +63,7 @@ def make(config: cfg.Config, role: str, folder: Path, progress: Progress) -> Non
     try:
         _BUILDERS[role](config, partial, progress)
         (partial / "key").write_text(f"{_key(config, role)}\n")
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        publish(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -322,7 +322,10 @@ def main(argv: list[str] | None = None) -> int:
     config = load()
     with progress_bars() as progress:
         for role in parser.parse_args(argv).roles:
-            make(config, role, ASSETS / role, progress)
+            fresh = ASSETS / f".new-{role}"
+            make(config, role, fresh, progress)
+            shutil.rmtree(ASSETS / role, ignore_errors=True)
+            fresh.rename(ASSETS / role)
     return 0
 
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, 
 from scope_fast import warm_start
 from scope_fast.config import Config
 from scope_fast.config_files import load
+from scope_fast.files import publish
 from scope_fast.tasks import dataset, get_task, slipping
 
 QUIET = lambda what, done, total: None  # noqa: E731
@@ -57,6 +58,20 @@ def test_every_role_loads_with_the_auto_classes(tied, tmp_path):
         assert shared is tied
     prm = AutoModelForTokenClassification.from_pretrained(warm_start.ensure(config, "prm", QUIET))
     assert prm.config.num_labels == 2
+
+
+def test_a_folder_that_another_run_made_first_stays(tmp_path):
+    """Two first runs at once: both would have made the same, and the other may be reading it."""
+    partial, folder = tmp_path / ".student.7", tmp_path / "student"
+    for path in (partial, folder):
+        path.mkdir()
+        (path / "key").write_text(path.name)
+    publish(partial, folder)
+    assert (folder / "key").read_text() == "student"
+    publish(partial, tmp_path / "teacher")
+    assert (tmp_path / "teacher" / "key").read_text() == ".student.7"
+    with pytest.raises(FileNotFoundError):
+        publish(partial, tmp_path / "prm")
 
 
 def test_a_failed_training_leaves_no_folder(tmp_path):
