@@ -12,7 +12,8 @@ from scope_fast.config import Config
 from scope_fast.data import PromptSource
 from scope_fast.learner import Learner
 from scope_fast.loading import loading, pretrained
-from scope_fast.metrics import RolloutLog
+from scope_fast.metrics import RolloutLog, import_wandb
+from scope_fast.ops import dispatch
 from scope_fast.prm.load import make_scorer
 from scope_fast.progress import console, progress_bars
 from scope_fast.rollout import make_engine
@@ -38,6 +39,14 @@ def build(config: Config, stack: ExitStack) -> Trainer:
             f"rollout.server_gpus: each of {ranks} ranks would start a server on them; start one and name it as "
             "rollout.server_url"
         )
+    if config.learner.cpu_offload and ranks == 1:
+        raise ValueError("learner.cpu_offload: it is FSDP2's of sharded weights, and one process has none")
+    if config.logging.wandb_project and distributed.is_main():
+        import_wandb()
+    for stem in ("linear_scope_loss", "linear_logprob"):
+        missing = config.loss.backend and dispatch.missing_for(stem, config.loss.backend, distributed.device().type)
+        if missing:
+            raise ValueError(f"loss.backend={config.loss.backend}: {missing}")
     disable_progress_bar()  # of transformers' loading: ours is enough
     folders = None
     if distributed.is_main():  # the others find what rank 0 made

@@ -274,7 +274,7 @@ class Learner(_Section):
     """The optimiser and its batches."""
 
     lr: float = Field(1e-6, gt=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     weight_decay: float = Field(0.0, ge=0)
     warmup_steps: int = Field(0, ge=0)
     schedule: Literal["constant", "cosine"] = "constant"
@@ -383,6 +383,10 @@ class Config(_Section):
             raise ValueError(
                 f"rollout.{asked[0]}: only rollout.engine vllm_server has a server, it is {self.rollout.engine}"
             )
+        if self.rollout.server_url is not None and self.rollout.server_gpus is not None:
+            raise ValueError("rollout.server_gpus: the server at rollout.server_url has its own")
+        if self.rollout.sleep_level and self.rollout.engine in ("vllm_server", "transformers"):
+            raise ValueError(f"rollout.sleep_level: only vLLM in this process sleeps, not {self.rollout.engine}")
         if self.loss.kl != "none" and self.loss.kl_coef == 0.0:
             raise ValueError(f"loss.kl={self.loss.kl} without loss.kl_coef would do nothing")
         if self.rollout.overlap == "one_step":

@@ -175,7 +175,7 @@ class MetricsWriter:
     ) -> None:
         self.out_dir = Path(out_dir)
         self.out_dir.mkdir(parents=True, exist_ok=True)
-        wandb_module = None if wandb is None else _import_wandb()
+        wandb_module = None if wandb is None else import_wandb()
         self.last_step = self._prepare(resume_step)
         self._stack = ExitStack()
         self._file = Log(self.out_dir / "metrics.jsonl", "metrics")
@@ -255,7 +255,8 @@ class MetricsWriter:
             self._display.step(step, values)
 
 
-def _import_wandb() -> Any:
+def import_wandb() -> Any:
+    """wandb, or ImportError with what to install."""
     try:
         return importlib.import_module("wandb")
     except ModuleNotFoundError as error:

@@ -66,6 +66,13 @@ def test_unknown_keys_name_the_nearest(key, message):
             "rollout.server_url: only rollout.engine vllm_server has a server, it is auto",
         ),
         ("rollout.transfer", "nccl", "rollout.transfer: only rollout.engine vllm_server has a server"),
+        ("rollout", "{engine: vllm_server, sleep_level: 2}", "rollout.sleep_level: only vLLM in this process sleeps"),
+        (
+            "rollout",
+            "{engine: vllm_server, server_url: 'http://a:1', server_gpus: [0]}",
+            "rollout.server_gpus: the server at rollout.server_url has its own",
+        ),
+        ("learner.betas", "[0.9, 1.5]", "learner.betas"),
         ("loss.kl", "k3", "loss.kl=k3 without loss.kl_coef would do nothing"),
         ("out", "runs/{metod}", "out='runs/{metod}': only {method} and {seed} are filled in"),
         ("out", "runs/{", "out='runs/{': only {method} and {seed} are filled in"),

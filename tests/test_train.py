@@ -235,9 +235,7 @@ def test_a_run_that_lost_its_checkpoints_is_not_started_over(tmp_path, left):
         (tmp_path / "export").mkdir()
     else:
         (tmp_path / "metrics.jsonl").write_text(lines + '{"step": 4}\n')
-    with pytest.raises(
-        ValueError, match=r"^out: .* holds \d steps and no whole checkpoint to go on from"
-    ):
+    with pytest.raises(ValueError, match=r"^out: .* holds \d steps and no whole checkpoint to go on from"):
         claimed(tmp_path, *arguments)
 
 
@@ -312,6 +310,21 @@ def test_what_is_not_there_shows_before_a_model_is_loaded(settings, where, tmp_p
     assert where in capsys.readouterr().out
     with pytest.raises(AssertionError):  # a method that asks no teacher needs none
         train.main(["--out", str(tmp_path / "grpo"), "--method", "grpo", *settings[2 * (len(settings) == 2) :], *SMALL])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["--loss.backend", "triton"], "loss.backend=triton: "),
+        (["--learner.cpu_offload", "true"], "learner.cpu_offload: it is FSDP2's of sharded weights"),
+        (["--logging.wandb_project", "p"], "W&B logging needs the wandb package: pip install 'scope-fast[wandb]'"),
+    ],
+)
+def test_what_cannot_run_here_shows_before_a_model_is_loaded(settings, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(build, "load_student", lambda *arguments: pytest.fail("a model was loaded first"))
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert train.main(["--out", str(tmp_path), *settings, *SMALL]) == 2
+    assert f"error: {message}" in capsys.readouterr().out.replace("\n", " ")
 
 
 def test_models_that_the_method_does_not_ask_are_not_loaded(tmp_path):

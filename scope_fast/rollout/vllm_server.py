@@ -209,7 +209,7 @@ class VllmServerEngine:
         self._version, self._unsent = version, False
 
     def sleep(self) -> None:
-        """Nothing: the server has GPUs of its own."""
+        """Nothing: `sleep_level` is of an engine in this process."""
 
     def close(self) -> None:
         """A `generate` of another thread ends with ServerDiedError."""
