@@ -229,7 +229,7 @@ class Scope(_Section):
     )
     length_penalty: bool = Field(True, description=f"alpha and beta, exp(-z^2/2) of the lengths; False: both 1; {OURS}")
     step_separator: str = Field(
-        "\n", min_length=1, description='ends a step, with the white space behind it; "\\n\\n": blank lines, as Qwen'
+        "\n", min_length=1, description='ends a step, with the line breaks behind it; "\\n\\n": blank lines, as Qwen'
     )
     selection: Literal["score", "random"] = Field("score", description="random: the ablation of the score")
 
