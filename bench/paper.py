@@ -44,7 +44,7 @@ NO_OUTCOME = {"out", "cache", "checkpoint", "logging", "distributed"}  # section
 # one thread each: runs side by side would only wait for each other
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
-console = Console(highlight=False)
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 300)  # its tables are wide
 
 
 @dataclass(frozen=True)

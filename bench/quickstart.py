@@ -61,23 +61,32 @@ def run(seed: int, folder: Path, settings: list[str]) -> dict:
     return {"seed": seed, **summary(lines), "run_s": seconds}
 
 
+def seeds_of(text: str) -> list[int]:
+    if not all(part.strip().isdigit() for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected integers, comma-separated")
+    return [int(part) for part in text.split(",")]
+
+
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser("python -m bench.quickstart", description=__doc__.splitlines()[0], allow_abbrev=False)
-    p.add_argument("--seeds", default="0,1,2", help="comma-separated (default 0,1,2)")
+    p.add_argument("--seeds", default="0,1,2", type=seeds_of, help="comma-separated (default 0,1,2)")
     p.add_argument("--json", metavar="FILE", help="write the record here")
     args, settings = p.parse_known_args(argv)
     if refused := {word.partition("=")[0] for word in settings} & {"--seed", "--out"}:
         p.error(f"{', '.join(sorted(refused))}: the runs' own; --seeds names the seeds")
     record = {"environment": environment("cpu"), "settings": settings, "runs": []}
     with tempfile.TemporaryDirectory() as folder:
-        for seed in map(int, args.seeds.split(",")):
-            record["runs"].append(run(seed, Path(folder), settings))
+        for seed in args.seeds:
+            try:
+                record["runs"].append(run(seed, Path(folder), settings))
+            except subprocess.CalledProcessError as error:  # it has said why
+                return error.returncode
             if args.json:
                 write(record, Path(args.json))
     table = Table(*(title for title, _ in COLUMNS.values()))
     for row in record["runs"]:
         table.add_row(*(form.format(row[name]) for name, (_, form) in COLUMNS.items()))
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
     return 0
 
 

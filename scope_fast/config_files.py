@@ -73,8 +73,10 @@ def overrides(arguments: list[str]) -> list[tuple[str, str]]:
     return pairs
 
 
-def find(path: str | Path | None) -> Path:
+def find(path: str | Path | None, kind: str = "") -> Path:
     """The file behind a configuration argument: a path, a preset's name, or None for the quickstart.
+
+    kind: the folder of presets that FileNotFoundError names.
 
     A preset is also found as configs/NAME.yaml, its place in the repository, from everywhere.
     """
@@ -83,7 +85,8 @@ def find(path: str | Path | None) -> Path:
     for candidate in (Path(name), PRESETS / f"{preset}.yaml"):
         if candidate.is_file():
             return candidate
-    presets = ", ".join(sorted(p.stem for p in PRESETS.glob("*.yaml")))
+    inside = PRESETS / kind
+    presets = ", ".join(sorted(str(p.relative_to(PRESETS).with_suffix("")) for p in inside.glob("*.yaml")))
     raise FileNotFoundError(f"no configuration file {name}; presets: {presets}")
 
 

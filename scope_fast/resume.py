@@ -58,8 +58,12 @@ def _claim_folder(config: Config, resume: str, start: Path | None) -> None:
         free = MAY_CHANGE if config.learner.schedule == "constant" else MAY_CHANGE - {"steps"}
         old, new = load(stored).model_dump(), config.model_dump()
         if different := _differences(old, new, free):
-            raise ValueError(f"out: {folder} holds a run of another configuration ({', '.join(different)} differ)")
+            why = ", and under learner.schedule every step depends on them" if "steps" in different else ""
+            names = ", ".join(different)
+            raise ValueError(f"out: {folder} holds a run of another configuration ({names} differ{why}): take another")
         _check_progress(config, start, old["checkpoint"]["every"])
+        if finished(config, start):  # its configuration stays what it ran with
+            return
         if changed := _differences(old, new, QUIET_CHANGES):
             console.print(f"{folder} goes on with other values of {', '.join(changed)}", markup=False)
     text = to_yaml(config)

@@ -51,7 +51,7 @@ def load_suite(path: str, local: str | None = None) -> Suite:
 
     local: a folder to read every benchmark from, as NAME.jsonl, .parquet, .json or .csv with the hub's columns.
     """
-    file = find(path)
+    file = find(path, kind="eval")
     try:
         raw = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:

@@ -5,7 +5,7 @@ import torch
 from factories import configured
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from scope_fast import plan
+from scope_fast import plan, warm_start
 from scope_fast.config_files import load
 from scope_fast.plan import GIB, Sizes
 
@@ -54,6 +54,12 @@ def test_sizes_are_counted_on_the_model_itself(tied):
     assert sizes.block == sum(p.numel() for p in model.model.layers[0].parameters())
     assert sizes.root == 64 * 256 + 256  # the head, which may be the embedding too, and the last norm
     assert (sizes.layers, sizes.query, sizes.key) == (3, 256, 128)
+
+
+def test_the_shipped_student_s_sizes_need_no_hub():
+    """README's parameter count, which is the file's."""
+    student = Qwen2ForCausalLM.from_pretrained(warm_start.ASSETS / "student")
+    assert plan.model_sizes(load()).parameters == sum(p.numel() for p in student.parameters()) == 491_136
 
 
 SIZES = Sizes(1000, 100, 200, 8, 16, 32, query=16, key=8, vocabulary=500)

@@ -221,6 +221,22 @@ def test_a_run_goes_on_and_never_back(tmp_path):
     assert (tmp_path / "config.yaml").read_text() == before
 
 
+def test_a_finished_run_keeps_the_configuration_it_ran_with(tmp_path, capsys):
+    """Its replay takes it from there."""
+    arguments = ("--steps", "4", "--logging.report", "false")
+    claimed(tmp_path, *arguments)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 4}\n')
+    checkpoint.save(tmp_path, 4, {"w": 1}, keep=1)
+    before = (tmp_path / "config.yaml").read_text()
+    claimed(tmp_path, *arguments, "--learner.token_budget", "2048")
+    assert (tmp_path / "config.yaml").read_text() != before  # there is no export yet: it goes on
+    claimed(tmp_path, *arguments)
+    (tmp_path / "export").mkdir()
+    capsys.readouterr()
+    claimed(tmp_path, *arguments, "--learner.token_budget", "2048")
+    assert (tmp_path / "config.yaml").read_text() == before and not capsys.readouterr().out
+
+
 @pytest.mark.parametrize("left", ["a damaged checkpoint", "an export", "its logs"])
 def test_a_run_that_lost_its_checkpoints_is_not_started_over(tmp_path, left):
     """Its logs would be emptied."""
@@ -273,7 +289,7 @@ def test_a_start_that_cannot_be_ends_with_a_message(tmp_path):
 def test_an_unknown_model_ends_with_a_message(tmp_path, capsys):
     nowhere = str(tmp_path / "nowhere")
     assert train.main(["--model.path", nowhere, "--out", str(tmp_path / "run")]) == 2
-    assert f"error: model.path: {nowhere} cannot be loaded: " in capsys.readouterr().out
+    assert f"error: model.path: {nowhere} cannot be loaded: there is no such folder" in capsys.readouterr().out
 
 
 def test_a_library_s_error_comes_with_the_way_to_it(tmp_path, capsys, monkeypatch):
