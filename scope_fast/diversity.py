@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Hashable, Sequence
-from itertools import combinations
+from itertools import combinations, islice
 from statistics import fmean
 
 INSTALL = "pip install 'scope-fast[eval]'"
@@ -76,7 +76,8 @@ def self_rouge(texts: Sequence[str], max_words: int = 256) -> float | None:
     """Mean ROUGE-L F1 over all pairs of texts, in [0, 1]: 1 for equal texts. None for fewer than two.
 
     Only the first `max_words` words of a text are compared: the longest common subsequence costs their product, in
-    Python (rouge-score; words of letters and digits of any script in lower case, no stemming). ImportError without it.
+    Python (rouge-score; words of letters and digits of any script in lower case, each Chinese character and kana
+    one, no stemming). ImportError without it.
     """
     try:
         from rouge_score.rouge_scorer import RougeScorer
@@ -84,13 +85,18 @@ def self_rouge(texts: Sequence[str], max_words: int = 256) -> float | None:
         raise ImportError(f"self-ROUGE needs rouge-score: {INSTALL}") from error
     if len(texts) < 2:
         return None
-    scorer = RougeScorer(["rougeL"], tokenizer=_Words())
-    heads = [" ".join(text.split()[:max_words]) for text in texts]
-    return fmean(1.0 if a == b else scorer.score(a, b)["rougeL"].fmeasure for a, b in combinations(heads, 2))
+    scorer = RougeScorer(["rougeL"], tokenizer=_Words(max_words))
+    return fmean(1.0 if a == b else scorer.score(a, b)["rougeL"].fmeasure for a, b in combinations(texts, 2))
 
 
 class _Words:
-    """rouge-score's own tokenizer keeps [a-z0-9] alone, to which two texts in another script are two empty ones."""
+    """The first words of a text. rouge-score's own tokenizer keeps [a-z0-9] alone, to which two texts in another script
+    are two empty ones."""
+
+    CJK = "\u3040-\u30ff\u3400-\u9fff"  # scripts without spaces: each character is a word
+
+    def __init__(self, most: int) -> None:
+        self._most, self._word = most, re.compile(f"[{self.CJK}]|[^\\W_{self.CJK}]+")
 
     def tokenize(self, text: str) -> list[str]:
-        return re.findall(r"[^\W_]+", text.lower())
+        return [match[0] for match in islice(self._word.finditer(text.lower()), self._most)]

@@ -61,7 +61,7 @@ def _claim_folder(config: Config, resume: str, start: Path | None) -> None:
             why = ", and under learner.schedule every step depends on them" if "steps" in different else ""
             names = ", ".join(different)
             raise ValueError(f"out: {folder} holds a run of another configuration ({names} differ{why}): take another")
-        _check_progress(config, start, old["checkpoint"]["every"])
+        _check_progress(config, start)
         if finished(config, start):  # its configuration stays what it ran with
             return
         if changed := _differences(old, new, QUIET_CHANGES):
@@ -71,17 +71,16 @@ def _claim_folder(config: Config, resume: str, start: Path | None) -> None:
         write_whole(stored, text, "the configuration")
 
 
-def _check_progress(config: Config, start: Path | None, every: int) -> None:
-    """ValueError for a run that is further than it should go, or whose logs would be emptied though it was once saved.
-    every: steps from one checkpoint to the next, of the run so far."""
+def _check_progress(config: Config, start: Path | None) -> None:
+    """ValueError for a run that is further than it should go, or whose logs would be emptied though it was once saved:
+    its checkpoints are damaged, or they are gone and its export is there."""
     folder = config.run_dir
     if start is not None:
         if (done := checkpoint.step_of(start)) > config.steps:
             raise ValueError(f"steps: {folder} has done {done} steps, which {config.steps} do not take back")
         return
-    logged = max((record["step"] for _, _, record in read_jsonl(folder / "metrics.jsonl")), default=0)
-    saved = any((folder / "checkpoints").glob("step_*")) or (folder / "export").exists()
-    if saved or logged > (every or config.steps):
+    if any((folder / "checkpoints").glob("step_*")) or (folder / "export").exists():
+        logged = max((record["step"] for _, _, record in read_jsonl(folder / "metrics.jsonl")), default=0)
         raise ValueError(
             f"out: {folder} holds {logged} steps and no whole checkpoint to go on from; move it away to start over, or "
             "choose another directory"

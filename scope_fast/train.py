@@ -124,8 +124,9 @@ def parse(argv: list[str] | None) -> tuple[Config, str, bool, replay.Source | No
         named = known.resume if known.resume not in ("auto", "never") else None
         if named is not None and not (Path(named).expanduser() / "config.yaml").exists():
             raise ValueError(f"--resume {named}: no run there (no config.yaml)")
-        if named is not None and "out" in dict(overrides(rest)):
-            raise ValueError(f"--resume {named} goes on in that directory, not in --out {dict(overrides(rest))['out']}")
+        out = dict(overrides(rest)).get("out", named)
+        if named is not None and Path(out).expanduser().resolve() != Path(named).expanduser().resolve():
+            raise ValueError(f"--resume {named} goes on in that directory, not in --out {out}")
         config = load(path if path or named is None else Path(named).expanduser() / "config.yaml", overrides(rest))
         if named is not None:
             config = config.model_copy(update={"out": named})
@@ -147,7 +148,7 @@ def train(trainer: Trainer, start: Path | None, stack: ExitStack, interrupt: Int
         trainer.load_state_dict(checkpoint.load(start, trainer.state_dict()))
         console.print(f"resumed from {start} at step {trainer.done}", markup=False)
     elif (out / "metrics.jsonl").exists():
-        console.print(f"{out} was stopped before its first checkpoint: starting over")
+        console.print(f"{out} holds no checkpoint: starting over", markup=False)
     write = metrics_writer(config, -1 if start is None else trainer.done, stack)
     if start is None:
         if config.rollout.server_url is not None:  # an earlier run may have left it other weights, or paused

@@ -323,6 +323,7 @@ def main(argv: list[str] | None = None) -> int:
     with progress_bars() as progress:
         for role in parser.parse_args(argv).roles:
             fresh = ASSETS / f".new-{role}"
+            shutil.rmtree(fresh, ignore_errors=True)
             make(config, role, fresh, progress)
             shutil.rmtree(ASSETS / role, ignore_errors=True)
             fresh.rename(ASSETS / role)

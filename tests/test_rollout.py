@@ -132,6 +132,35 @@ def test_what_has_not_ended_in_time_is_given_up(engine, monkeypatch):
     assert engine.generate(PROMPTS[:2], 4, stop, seeds_for(2, 4), timeout_s=1000.0) == undisturbed
 
 
+def test_a_request_that_vllm_refuses_half_way_leaves_nothing(engine, monkeypatch):
+    """Left in the engine, it would keep the next call waiting for ever."""
+    if not isinstance(engine, vllm_engine.VllmEngine):
+        pytest.skip("vLLM's own queue")
+    core = engine._llm.llm_engine.engine_core
+    sampling = Sampling(max_tokens=4)
+    undisturbed = engine.generate(PROMPTS[:2], 1, sampling, seeds_for(2, 1))
+
+    def refuse(request):
+        raise RuntimeError("core refused")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(core, "add_request", refuse)
+        with pytest.raises(RuntimeError, match="core refused"):
+            engine.generate(PROMPTS[:2], 1, sampling, seeds_for(2, 1))
+    assert not engine._llm.llm_engine.has_unfinished_requests()
+    assert engine.generate(PROMPTS[:2], 1, sampling, seeds_for(2, 1), timeout_s=60.0) == undisturbed
+
+
+def test_a_folder_without_all_weights_is_refused(model_dir, tmp_path):
+    """transformers would draw the head at random, another one in every process."""
+    shutil.copytree(model_dir, tmp_path, dirs_exist_ok=True)
+    make().model.save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"^model_dir: .* is no checkpoint of Qwen2ForCausalLM: it lacks lm_head.weight"
+    ):
+        TransformersEngine(str(tmp_path))
+
+
 def test_the_context_ends_a_response(engine):
     stops_never = [[7] * (CONTEXT - 3), [8] * (CONTEXT - 1)]
     greedy = flat(engine.generate(stops_never, 1, Sampling(temperature=0.0, max_tokens=50)))

@@ -46,6 +46,12 @@ def test_rouge_reads_every_script():
     assert self_rouge(texts) == pytest.approx(2 / 3, abs=1e-12)
 
 
+def test_rouge_of_scripts_without_spaces():
+    """Four characters, three of them the same; of more than there are words no more are read."""
+    assert self_rouge(["答案是五", "答案是六"]) == pytest.approx(3 / 4, abs=1e-12)
+    assert self_rouge(["字" * 300 + "a", "字" * 300 + "b"]) == 1.0
+
+
 def test_rouge_reads_the_first_words_only():
     texts = ["a b c d", "a b x y"]
     assert self_rouge(texts) == 0.5 and self_rouge(texts, max_words=2) == 1.0

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from scope_fast.loading import pretrained
 from scope_fast.rollout.base import (
     EngineOptions,
     Rollout,
@@ -205,7 +206,7 @@ def _load_quietly(model_dir: str, dtype: torch.dtype) -> torch.nn.Module:
     had_bar = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        return AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype)
+        return pretrained("model_dir", AutoModelForCausalLM, model_dir, dtype=dtype)
     finally:
         if had_bar:
             logging.enable_progress_bar()

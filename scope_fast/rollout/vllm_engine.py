@@ -167,9 +167,9 @@ class VllmEngine:
         try:
             for i, (prompt, param) in enumerate(zip(prompts, params, strict=True)):
                 name = str(next(self._request_names))
+                waiting[name] = i  # first: a request that was half taken in is given up too
                 engine.add_request(name, {"prompt_token_ids": prompt}, param)
-                waiting[name] = i
-            while engine.has_unfinished_requests() and time.monotonic() <= deadline:
+            while waiting and engine.has_unfinished_requests() and time.monotonic() <= deadline:
                 for output in engine.step():
                     if output.finished:
                         outputs[waiting.pop(output.request_id)] = output
