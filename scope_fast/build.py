@@ -43,10 +43,10 @@ def build(config: Config, stack: ExitStack) -> Trainer:
         raise ValueError("learner.cpu_offload: it is FSDP2's of sharded weights, and one process has none")
     if config.logging.wandb_project and distributed.is_main():
         import_wandb()
-    for stem in ("linear_scope_loss", "linear_logprob"):
-        missing = config.loss.backend and dispatch.missing_for(stem, config.loss.backend, distributed.device().type)
-        if missing:
-            raise ValueError(f"loss.backend={config.loss.backend}: {missing}")
+    if backend := config.loss.backend:
+        for stem in ("linear_scope_loss", "linear_logprob"):
+            if missing := dispatch.missing_for(stem, backend, distributed.device().type):
+                raise ValueError(f"loss.backend={backend}: {missing}")
     disable_progress_bar()  # of transformers' loading: ours is enough
     folders = None
     if distributed.is_main():  # the others find what rank 0 made

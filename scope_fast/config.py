@@ -51,6 +51,19 @@ class WarmStart(_Section):
     lr: float = Field(3e-3, gt=0)
     seed: Seed = 0
 
+    @property
+    def architecture(self) -> dict[str, Any]:
+        """The models' sizes, in transformers' words."""
+        return {
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "tie_word_embeddings": self.tie_embeddings,
+        }
+
 
 class Model(_Section):
     """The student. path: a Hugging Face folder or hub name, or "tiny" for the warm-started embedded model."""

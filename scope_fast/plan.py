@@ -94,12 +94,7 @@ def model_config(config: Config):
     if config.model.config:
         return AutoConfig.for_model(**config.model.config)
     if config.model.path == "tiny":
-        warm = config.warm_start
-        return AutoConfig.for_model(
-            "qwen2", vocab_size=warm.vocab_size, hidden_size=warm.hidden_size, num_hidden_layers=warm.num_layers,
-            intermediate_size=warm.intermediate_size, num_attention_heads=warm.num_heads,
-            num_key_value_heads=warm.num_kv_heads, tie_word_embeddings=warm.tie_embeddings,
-        )  # fmt: skip
+        return AutoConfig.for_model("qwen2", **config.warm_start.architecture)
     try:
         return AutoConfig.from_pretrained(config.model.path, local_files_only=True)  # a plan asks no network
     except OSError as error:

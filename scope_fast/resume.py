@@ -58,9 +58,12 @@ def _claim_folder(config: Config, resume: str, start: Path | None) -> None:
         free = MAY_CHANGE if config.learner.schedule == "constant" else MAY_CHANGE - {"steps"}
         old, new = load(stored).model_dump(), config.model_dump()
         if different := _differences(old, new, free):
-            why = ", and under learner.schedule every step depends on them" if "steps" in different else ""
-            names = ", ".join(different)
-            raise ValueError(f"out: {folder} holds a run of another configuration ({names} differ{why}): take another")
+            names, why = ", ".join(different), ""
+            if "steps" in different:
+                why = ", and under learner.schedule every update depends on steps"
+            raise ValueError(
+                f"out: {folder} holds a run of another configuration ({names} differ{why}); choose another directory"
+            )
         _check_progress(config, start)
         if finished(config, start):  # its configuration stays what it ran with
             return

@@ -150,17 +150,10 @@ def _take(iterator: Iterator, count: int) -> Iterator:
 def _qwen2(config: cfg.Config, tokenizer):
     from transformers import Qwen2Config
 
-    warm = config.warm_start
     return Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=warm.hidden_size,
-        intermediate_size=warm.intermediate_size,
-        num_hidden_layers=warm.num_layers,
-        num_attention_heads=warm.num_heads,
-        num_key_value_heads=warm.num_kv_heads,
+        **config.warm_start.architecture | {"vocab_size": len(tokenizer)},
         max_position_embeddings=CONTEXT,
         initializer_range=0.08,  # 0.02 suits widths in the thousands: at 128 training takes several times longer
-        tie_word_embeddings=warm.tie_embeddings,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,

@@ -517,8 +517,8 @@ def test_a_minibatch_that_is_not_finite_does_not_hide_the_gap_of_another():
     model = make()
     with torch.no_grad():
         model.model.embed_tokens.weight[63] = math.inf
-    alone, both = (learner_of(copy.deepcopy(model), minibatches=n) for n in (1, 2))
-    alone.config = alone.config.model_copy(update={"epochs": 2})  # off policy, as with two minibatches
+    alone = learner_of(copy.deepcopy(model), epochs=2)  # off policy, as with two minibatches
+    both = learner_of(model, minibatches=2)
     fine, broken = sequence([1, 2, 3], [5, 6, 7]), sequence([1, 2, 63], [5, 6, 7])
     expected = alone.update([[fine]])["sampling/logprob_gap"]
     metrics = both.update([[broken], [fine]])
