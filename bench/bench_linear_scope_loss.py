@@ -16,10 +16,12 @@ from bench import harness, peers
 from bench.harness import OURS, Formula, Spec, Variant, flops
 from bench.problems import ERROR_LIMITS, HeadProblem, Loss
 from scope_fast import linear_scope_loss
+from scope_fast.kernels import plan
 
 STEM = "linear_scope_loss"
 COPY_BYTES = 2 << 30
 SMALL_CHUNK = {"cpu": 64, "cuda": 512}
+LARGE_BYTES = 5 << 30
 
 
 def specs(device: str, shape: tuple[int, int, int] | None, dtypes: tuple[str, ...] | None, peers: bool) -> list[Spec]:
@@ -165,11 +167,14 @@ def our_variants(spec: Spec, backend: str) -> list[Variant]:
 
 
 def chunks(spec: Spec, logits_dtype: str) -> dict[int, str]:
-    """Rows of a chunk, and why: the least memory, and on a GPU the 1 GiB that is promised."""
-    found = {min(SMALL_CHUNK[spec.device], spec.shape[0]): "least memory"}
+    """Rows of a chunk, and why: the least memory, and on a GPU what would be chosen if memory were no matter."""
+    T, D, V = spec.shape
+    found = {min(SMALL_CHUNK[spec.device], T): "least memory"}
     if spec.device == "cuda":
-        whole = (1 << 30) // (spec.shape[2] * getattr(torch, logits_dtype).itemsize) // 128 * 128
-        found.setdefault(min(whole, spec.shape[0]), "1 GiB of logits")
+        row_bytes = V * getattr(torch, logits_dtype).itemsize
+        processors = torch.cuda.get_device_properties("cuda").multi_processor_count
+        rows = plan.chunk_rows(T, D, row_bytes, processors, LARGE_BYTES)
+        found.setdefault(rows, f"{LARGE_BYTES >> 30} GiB of logits")
     return found
 
 

@@ -149,16 +149,15 @@ def roofline_s(rows: Rows, shape: list[int], logits_bytes: int, accumulates: boo
 
 def in_chunks(device: dict, shape: list[int], logits_bytes: int) -> bool:
     """Whether the default plan cuts the rows, so that dW is summed in float32."""
-    T, D, V = shape
-    budget = plan.budget_bytes(device["memory_bytes"])
-    return plan.chunk_rows(T, D, V * logits_bytes, device["processors"], budget) < T
+    extra = plan.within(plan.EXTRA_BYTES, device["memory_bytes"])
+    return plan.rows_at_a_time(*shape, logits_bytes, 2, device["processors"], extra)[0] < shape[0]
 
 
-def beyond_accumulator(row: dict | None, shape: list[int], accumulates: bool) -> float | None:
-    """GiB of extra memory, less the float32 dW where one is held."""
+def beyond_dweight(row: dict | None, shape: list[int]) -> float | None:
+    """GiB of extra memory, less those of a float32 dW, held or not: what one chunk saves there it may use elsewhere."""
     if not row or "extra_bytes" not in row:
         return None
-    return (row["extra_bytes"] - accumulates * shape[1] * shape[2] * 4) / GIB
+    return (row["extra_bytes"] - shape[1] * shape[2] * 4) / GIB
 
 
 def gpu_head_targets(record: dict, case: dict) -> Iterator[tuple]:
@@ -173,7 +172,7 @@ def gpu_head_targets(record: dict, case: dict) -> Iterator[tuple]:
             yield f"{name} {logits} logits: half of the rows zero-gradient / all", over(rows, half, ours), 0.6
             yield f"{name} {logits} logits: frozen head / trained", over(rows, frozen, ours), 0.75
             small = next((r for r in rows if ", chunk " in r and r.endswith(f"{logits} logits")), "")
-            yield f"{name} {small}: GiB beyond accumulator", beyond_accumulator(rows.get(small), shape, True), 0.5
+            yield f"{name} {small}: GiB beyond a float32 dW", beyond_dweight(rows.get(small), shape), 0.5
             continue
         accumulates = in_chunks(device, shape, logits_bytes)
         roofline = roofline_s(rows, shape, logits_bytes, accumulates)
@@ -182,7 +181,6 @@ def gpu_head_targets(record: dict, case: dict) -> Iterator[tuple]:
         others = [r for r, row in rows.items() if row["role"] == "peer" and r not in CROSS_ENTROPIES]
         rival = fastest(rows, others)
         yield f"{name} {logits} logits: times faster than {rival}", over(rows, rival, ours), 1.2, False
-        extra = beyond_accumulator(rows.get(ours), shape, accumulates)
-        yield f"{name} {logits} logits: GiB beyond accumulator", extra, 1.0
+        yield f"{name} {logits} logits: GiB beyond a float32 dW", beyond_dweight(rows.get(ours), shape), 1.0
         if logits == "bf16" and shape[0] == 8192:
             yield f"{name} bf16 logits / three matmuls", over(rows, ours, "three matmuls"), 1.15

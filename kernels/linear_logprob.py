@@ -187,7 +187,7 @@ def linear_logprob(
 
 
 def _tile_bytes(device: torch.device) -> int:
-    return min(TILE_BYTES, plan.budget_bytes(memory_bytes(device)))
+    return plan.within(TILE_BYTES, memory_bytes(device))
 
 
 def _outputs(num_rows: int, device: torch.device):

@@ -1,5 +1,7 @@
-"""linear_scope_loss: per chunk of rows, logits = x W^T; one kernel turns them into dlogits in place; dX and dW.
+"""linear_scope_loss: per chunk of rows, logits = x W^T; one kernel turns them into dlogits; dX and dW.
 
+A gradient lies over the logits it is made of, or, where that of a longer chunk takes less (plan.rows_at_a_time), in a
+buffer of its own that a few rows of logits at a time fill.
 6*T*V*D flops on the vendor's matmuls, and per logit 10 bytes of the row kernel's own (float32 logits: two reads and
 the bfloat16 gradient; 6 with bfloat16 logits), of which the second read partly hits L2; the row kernel of csrc/cuda,
 where there is one, reads them once (6 and 4). dW accumulates in float32.
@@ -31,7 +33,7 @@ from .softmax import (
     write_dlogits,
 )
 
-SCALE_BLOCK = 8192
+SCALE_BLOCK, SCALE_PROGRAMS = 8192, 8  # elements at a time of a program, and programs a processor
 CLUSTER_BYTES = 613_376  # the longest row of logits that csrc/cuda/linear_scope_loss.cuh takes: its kMaxRowBytes
 
 
@@ -91,32 +93,41 @@ def linear_scope_loss(
     num_rows, (size, dim), device = index.numel(), weight.shape, hidden.device
     kept = logit_dtypes(hidden.dtype, logits_dtype)
     if chunk_tokens < 0:
-        budget = plan.budget_bytes(memory_bytes(device))
-        chunk_tokens = plan.chunk_rows(num_rows, dim, size * kept.itemsize, num_processors(device), budget)
-    chunk_tokens = max(1, min(chunk_tokens, num_rows))
+        itemsizes = kept.itemsize, (hidden.dtype if any(needs) else kept).itemsize
+        extra = plan.within(plan.EXTRA_BYTES, memory_bytes(device))
+        chunk_tokens, logit_rows = plan.rows_at_a_time(num_rows, dim, size, *itemsizes, num_processors(device), extra)
+    else:
+        chunk_tokens = logit_rows = max(1, min(chunk_tokens, num_rows))
     grads = Gradients(hidden, weight, needs, dense=num_rows == hidden.shape[0], once=chunk_tokens >= num_rows)
     launch = _rows
     if clusters and size * kept.itemsize <= CLUSTER_BYTES:
         launch, bias = _cluster_rows, narrow(bias)  # what it reads: one conversion, in the place of two a row
-    table = _by_chunks(hidden, weight, bias, rows, index, options, kept, chunk_tokens, grads, launch)
+    buffers = logit_buffer(chunk_tokens, size, kept, hidden.dtype, device, logit_rows)
+    table = _by_chunks(hidden, weight, bias, rows, index, options, buffers, grads, launch)
+    del buffers  # before dW is cast
     metrics = reduce_table(table)
-    return metrics[0] + metrics[1], metrics, *grads.result()  # dW is cast where the logits were
+    return metrics[0] + metrics[1], metrics, *grads.result()
 
 
-def _by_chunks(hidden, weight, bias, rows, index, options, kept, chunk_tokens: int, grads, launch) -> torch.Tensor:
-    """The metrics of every row, (NUM_METRICS, A); the gradients go into grads. launch: of the row kernel."""
-    num_rows, size, device = index.numel(), weight.shape[0], hidden.device
-    table = torch.empty(NUM_METRICS, num_rows, dtype=torch.float32, device=device)
+def _by_chunks(hidden, weight, bias, rows, index, options, buffers, grads, launch) -> torch.Tensor:
+    """The metrics of every row, (NUM_METRICS, A); the gradients go into grads.
+
+    buffers: logit_buffer's (L, V) and (C, V), for chunks of C rows with L rows of logits at a time. launch: of the row
+    kernel.
+    """
+    num_rows, (logits, dlogits) = index.numel(), buffers
+    table = torch.empty(NUM_METRICS, num_rows, dtype=torch.float32, device=hidden.device)
     shared = (rows.target.contiguous(), kernel_streams(rows), _temperature(rows), options, table)
-    logits, dlogits = logit_buffer(chunk_tokens, size, kept, hidden.dtype, device)
-    for first in range(0, num_rows, chunk_tokens):
-        chunk = index[first : first + chunk_tokens]
+    for first in range(0, num_rows, dlogits.shape[0]):
+        chunk = index[first : first + dlogits.shape[0]]
         n = chunk.numel()
         x = hidden[first : first + n] if grads.dense else hidden.index_select(0, chunk)
-        z, dz = logits[:n], dlogits[:n]
-        mm(x, weight.T, z)
-        launch(z, dz, bias, chunk, first, any(grads.needs), *shared)
-        grads.add(x, dz, weight, chunk, first)
+        for start in range(0, n, logits.shape[0]):
+            part = slice(start, min(start + logits.shape[0], n))
+            z, dz = logits[: part.stop - start], dlogits[part]
+            mm(x[part], weight.T, z)
+            launch(z, dz, bias, chunk[part], first + start, any(grads.needs), *shared)
+        grads.add(x, dlogits[:n], weight, chunk, first)
     return table
 
 
@@ -138,19 +149,27 @@ def _cluster_rows(z, dz, bias, index, first: int, gradient: bool, target, stream
 
 
 @triton.jit
-def _scale_kernel(x, factor, out, size, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    value = tl.load(x + at, mask=at < size, other=0.0).to(tl.float32) * tl.load(factor).to(tl.float32)
-    tl.store(out + at, cast(value, out.dtype.element_ty), mask=at < size)
+def _scale_kernel(x, factor, out, size, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr):
+    by = tl.load(factor).to(tl.float32)
+    if (not IN_PLACE) | (by != 1.0):  # NaN is not 1
+        for first in range(tl.program_id(0).to(tl.int64) * BLOCK, size, tl.num_programs(0).to(tl.int64) * BLOCK):
+            at = first + tl.arange(0, BLOCK)
+            value = tl.load(x + at, mask=at < size, other=0.0).to(tl.float32) * by
+            tl.store(out + at, cast(value, out.dtype.element_ty), mask=at < size)
 
 
-def scaled(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """x (contiguous) times factor (one element), multiplied in float32 and rounded once; torch's own kernel for mixed
-    dtypes moves two bytes at a time."""
-    out = torch.empty_like(x)
+def scale(x: torch.Tensor, factor: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """out = x times factor (one element), multiplied in float32 and rounded once; x and out contiguous, of one dtype.
+
+    out may be x: nothing is then read or written where the factor is 1, which the device finds for itself. Torch's own
+    kernel for mixed dtypes moves two bytes at a time.
+    """
     if x.numel():
-        grid = (triton.cdiv(x.numel(), SCALE_BLOCK),)
-        _scale_kernel[grid](x, factor, out, x.numel(), BLOCK=SCALE_BLOCK, num_warps=8, enable_fp_fusion=True)
+        programs = min(triton.cdiv(x.numel(), SCALE_BLOCK), SCALE_PROGRAMS * num_processors(x.device))
+        _scale_kernel[(programs,)](
+            x, factor, out, x.numel(), IN_PLACE=out.data_ptr() == x.data_ptr(), BLOCK=SCALE_BLOCK, num_warps=8,
+            enable_fp_fusion=True,
+        )  # fmt: skip
     return out
 
 

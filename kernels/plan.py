@@ -6,16 +6,20 @@ Of the three matmuls of a chunk of C rows, in units of one row of one ideal matm
     dW      C + DW_ROWS: the float32 read-modify-write of (V, D) costs at most as much as 1064 rows (H100: 798 TFLOP/s
             against 3.0 TB/s, both measured; of large chunks a part hides behind the matmul, bench/NOTES.md). The first
             chunk only writes; that saving is the same for every plan
+
+The budget: beyond inputs and returned gradients never more than a float32 dW and EXTRA_BYTES.
 """
 
 TILE_ROWS, TILE_COLUMNS = 128, 256
 DW_ROWS = 1064
-BUDGET_BYTES = 4 << 30
-BUDGET_SHARE = 20  # never more than 1/20 of the device's memory
+EXTRA_BYTES = 1 << 30
+SHARE = 20  # never more than 1/20 of the device's memory
+LOGIT_ROWS = 1024  # of float32 logits at a time, where the bfloat16 gradient of a longer chunk is kept
 
 
-def budget_bytes(total_memory_bytes: int | None) -> int:
-    return BUDGET_BYTES if total_memory_bytes is None else min(BUDGET_BYTES, total_memory_bytes // BUDGET_SHARE)
+def within(most: int, total_memory_bytes: int | None) -> int:
+    """`most` bytes, or the device's share where that is less; None: the interpreter's."""
+    return most if total_memory_bytes is None else min(most, total_memory_bytes // SHARE)
 
 
 def chunk_cost(num_rows: int, dim: int, num_processors: int) -> float:
@@ -39,3 +43,24 @@ def chunk_rows(num_rows: int, dim: int, row_bytes: int, num_processors: int, bud
 
     top = min(largest, -(-num_rows // TILE_ROWS) * TILE_ROWS)
     return min(num_rows, min(range(TILE_ROWS, top + 1, TILE_ROWS), key=lambda size: (cost(size), size)))
+
+
+def rows_at_a_time(
+    num_rows: int, dim: int, size: int, logit_bytes: int, gradient_bytes: int, num_processors: int, extra: int
+) -> tuple[int, int]:
+    """(rows of a chunk, rows of its logits at a time) for (num_rows, size) logits and gradients of so many bytes each.
+
+    A gradient lies over its logits, or, where that takes less, in a buffer of its own which LOGIT_ROWS of logits at a
+    time fill. In one chunk dW is written as it is returned, and what a float32 one would take is free; in several it is
+    summed in float32, and what the returned one will take is free until then.
+    """
+    wide, narrow, by_rows = size * logit_bytes, size * gradient_bytes, LOGIT_ROWS * size * logit_bytes
+    room = extra + 4 * size * dim
+    if by_rows + num_rows * narrow < num_rows * wide and by_rows + num_rows * narrow <= room:
+        return num_rows, LOGIT_ROWS
+    if num_rows * wide <= room:
+        return max(1, num_rows), max(1, num_rows)
+    room = extra + narrow * dim
+    in_place = chunk_rows(num_rows, dim, wide, num_processors, room)
+    chunk = chunk_rows(num_rows, dim, narrow, num_processors, room - by_rows)
+    return (chunk, min(LOGIT_ROWS, chunk)) if chunk > in_place else (in_place, in_place)

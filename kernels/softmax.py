@@ -7,7 +7,7 @@
 
 One program walks one row, so no program waits for another. The gradient walks the row backwards: what the first pass
 read last is still in L2. It is written as bfloat16 over the upper half of the float32 logits it is made from
-(`logit_buffer`), so no second (C, V) buffer exists; every write lands at or above the bytes still to be read.
+(`logit_buffer`): every write lands at or above the bytes still to be read. Or, of many rows, into a buffer of its own.
 """
 
 import torch
@@ -119,20 +119,29 @@ def write_dlogits(
         tl.store(out + column, cast(dz * scale, out.dtype.element_ty), mask=column < padded(size))
 
 
-def logit_buffer(num_rows: int, size: int, logits: torch.dtype, operand: torch.dtype, device: torch.device):
-    """(logits, dlogits), each (num_rows, size), rows strided, sharing memory: dlogits in the matmuls' dtype. What lies
-    between two rows is the kernels' to overwrite.
+def logit_buffer(
+    num_rows: int,
+    size: int,
+    logits: torch.dtype,
+    operand: torch.dtype,
+    device: torch.device,
+    logit_rows: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(logits (logit_rows, size), dlogits (num_rows, size)), rows strided, dlogits in the matmuls' dtype. What lies
+    between two rows is the kernels' to overwrite. logit_rows: num_rows where None.
 
-    Of a wider dtype, the gradient is the upper half of its row of logits, so that writing backwards never overtakes:
-    by the barrier of write_dlogits, which on AMD lets loads of other wavefronts pass, so there it has its own.
+    Where they have as many rows they share memory. Of a wider dtype, the gradient is then the upper half of its row of
+    logits, so that writing backwards never overtakes: by the barrier of write_dlogits, which on AMD lets loads of other
+    wavefronts pass, so there it has its own.
     """
+    logit_rows = num_rows if logit_rows is None else logit_rows
     stride = triton.cdiv(size, ALIGN.value) * ALIGN.value
-    buffer = torch.empty(num_rows, stride, dtype=logits, device=device)
+    rows = torch.empty(logit_rows, stride, dtype=logits, device=device)
+    if logit_rows < num_rows or (logits != operand and torch.version.hip):
+        return rows[:, :size], torch.empty(num_rows, stride, dtype=operand, device=device)[:, :size]
     if logits == operand:
-        return buffer[:, :size], buffer[:, :size]
-    if torch.version.hip:
-        return buffer[:, :size], torch.empty(num_rows, stride, dtype=operand, device=device)[:, :size]
-    return buffer[:, :size], buffer.view(operand)[:, stride : stride + size]
+        return rows[:, :size], rows[:, :size]
+    return rows[:, :size], rows.view(operand)[:, stride : stride + size]
 
 
 def mm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, *, accumulate: bool = False) -> torch.Tensor:

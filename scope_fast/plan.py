@@ -18,7 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from scope_fast.config import Config
-from scope_fast.kernels.plan import budget_bytes
+from scope_fast.kernels.plan import EXTRA_BYTES, within
 
 GIB = 1 << 30
 RESERVE_BYTES = 4 * GIB  # CUDA context, NCCL buffers, fragmentation: our allowance, not measured
@@ -146,8 +146,9 @@ def memory(config: Config, sizes: Sizes, ranks: int, reward_parameters: int = 0)
     blocks = 2 if ranks > 1 else max(kept, 2)  # sharded ones are gathered again for the backward
     gathered = (sizes.root + blocks * sizes.block) * dtype_bytes if ranks > 1 or dtype_bytes < 4 else 0
     gpu_bytes = config.distributed.gpu_memory_gib * GIB
-    head = min(budget_bytes(int(gpu_bytes)), learner.token_budget * sizes.vocabulary * (4 + dtype_bytes))
-    head += sizes.vocabulary * sizes.hidden * 4
+    head_weights = sizes.vocabulary * sizes.hidden
+    head = within(EXTRA_BYTES, int(gpu_bytes)) + 4 * head_weights
+    head = min(head, learner.token_budget * sizes.vocabulary * (4 + dtype_bytes)) + dtype_bytes * head_weights
     # "auto" is vLLM wherever it is installed
     teaches = config.repairs and config.teacher.kind == "model" and config.teacher.engine != "transformers"
     rollout = config.rollout

@@ -359,14 +359,11 @@ def test_a_call_that_fails_in_the_rounds_costs_itself_alone(monkeypatch):
     assert samples.keys() == {"A", "C"} and {len(taken) for taken in samples.values()} <= {1, 2}
 
 
-def test_memory_beyond_an_accumulator_that_is_there():
+def test_memory_beyond_a_float32_dweight():
     device, shape = {"memory_bytes": 80 << 30, "processors": 132}, [8192, 3584, 152064]
-    assert targets.in_chunks(device, shape, 4) and not targets.in_chunks(device, [2048, 3584, 152064], 4)
-    dweight = 3584 * 152064 * 4
-    row = {"extra_bytes": dweight + (1 << 29)}
-    assert targets.beyond_accumulator(row, shape, True) == 0.5
-    assert targets.beyond_accumulator(row, shape, False) == pytest.approx(0.5 + dweight / 2**30)
-    assert targets.beyond_accumulator(None, shape, True) is None
+    assert targets.in_chunks(device, [32768, 1536, 151936], 4) and not targets.in_chunks(device, shape, 4)
+    assert targets.beyond_dweight({"extra_bytes": 3584 * 152064 * 4 + (1 << 29)}, shape) == 0.5
+    assert targets.beyond_dweight(None, shape) is None
 
 
 def test_roofline_by_hand():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from scope_fast import LossOptions, PrmHead, TokenStreams, linear_logprob, linear_scope_loss, step_pool
+from scope_fast.kernels import plan
 from scope_fast.ops import dispatch
 
 pytestmark = [
@@ -42,16 +43,18 @@ def take_gradients(*leaves):
     return gradients
 
 
-def test_logits_of_more_than_two_to_the_31_elements():
+def test_logits_of_more_than_two_to_the_31_elements(monkeypatch):
     T, D, V = 16640, 64, 152064  # in one chunk 2.5e9 logits, 10 GB
     hidden, weight, streams = problem(T, D, V)
+    monkeypatch.setattr(plan, "rows_at_a_time", lambda num_rows, *_: (num_rows, 1024))  # by itself it would take chunks
     results = []
-    for chunk_tokens in (T, 1024):
+    for chunk_tokens in (T, 1024, None):
         loss, _ = step(hidden, weight, streams, chunk_tokens=chunk_tokens)
         results.append((loss.detach(), *take_gradients(hidden, weight)))
-    for whole, chunked in zip(*results, strict=True):
+    for whole, chunked, by_rows in zip(*results, strict=True):
         assert whole.isfinite().all()
         torch.testing.assert_close(whole, chunked, rtol=2e-2, atol=1e-6)  # matmuls of other shapes sum in other orders
+        torch.testing.assert_close(by_rows, chunked, rtol=2e-2, atol=1e-6)
     last = slice(T - 64, T)
     whole = linear_logprob(hidden, weight, streams.target, chunk_tokens=T).logprob[last]
     alone = linear_logprob(hidden[last], weight, streams.target[last]).logprob

@@ -192,6 +192,25 @@ def test_chunks_do_not_matter(place, chunk_tokens):
     check_against_naive(case, LossOptions(chunk_tokens=chunk_tokens), place, place.fine)
 
 
+@places(reference=False, cuda="linear_scope_loss")
+@pytest.mark.parametrize("chunk", [13, 21])
+@pytest.mark.parametrize("segments", [(0, 1, 2), (1, 2)], ids=["some rows", "all rows"])
+def test_a_chunk_may_have_its_logits_a_few_rows_at_a_time(place, chunk, segments, monkeypatch):
+    """Where they are wider than their gradient: the chunk is still one product for dX and one for dW."""
+    from scope_fast.kernels import linear_scope_loss as kernel
+
+    made, mm = [], kernel.mm
+    monkeypatch.setattr(kernel, "mm", lambda a, b, out, **how: (made.append(tuple(out.shape)), mm(a, b, out, **how))[1])
+    monkeypatch.setattr(kernel.plan, "rows_at_a_time", lambda num_rows, *_: (min(chunk, num_rows), 4))
+    T, D, V = 21, 5, 37
+    case, options = make_case(T, D, V, bias=True, segments=segments), LossOptions(entropy_coef=0.1)
+    check_against_naive(case, options, place, torch.bfloat16)
+    active = int(is_active(case.streams, options).sum())
+    chunks = [min(chunk, active - at) for at in range(0, active, chunk)]
+    assert [m for m, n in made if n == V] == [min(4, n - at) for n in chunks for at in range(0, n, 4)]
+    assert [m for m, n in made if n == D and m != V] == chunks and made.count((V, D)) == len(chunks)
+
+
 @on_places
 def test_dweight_is_summed_in_float32_over_chunks(place):
     """In bfloat16, 160 chunks of a row lose no more than one chunk does, chance aside: the sum is rounded once."""

@@ -19,6 +19,10 @@ def run(case: Case, options=None, place=REFERENCE):
     )
 
 
+def assert_equal(got: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+
+
 EXACT = pytest.mark.parametrize(
     "place",
     [
@@ -73,15 +77,38 @@ def test_the_upstream_gradient_is_not_rounded_to_bfloat16(place):
 @places(reference=False)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_kernel_that_scales_rounds_once(place, dtype):
-    from scope_fast.kernels.linear_scope_loss import SCALE_BLOCK, scaled
+    from scope_fast.kernels.linear_scope_loss import SCALE_BLOCK, SCALE_PROGRAMS, scale
 
     r = torch.Generator().manual_seed(0)
-    for shape in ((0,), (1,), (3, 5), (SCALE_BLOCK + 7,)):
-        x, factor = torch.randn(shape, generator=r).to(place.device, dtype), torch.tensor(1 / 3, device=place.device)
-        if dtype == torch.bfloat16:
-            assert torch.equal(scaled(x, factor), (x.double() * factor.double()).to(dtype))
-        torch.testing.assert_close(scaled(x, factor), x.float().mul(factor).to(dtype), rtol=0, atol=0)
-    torch.library.opcheck(scaled_op, (x, factor, place.backend))
+    for shape in ((0,), (1,), (3, 5), (SCALE_BLOCK + 7,), (2 * SCALE_PROGRAMS + 1, SCALE_BLOCK)):
+        x = torch.randn(shape, generator=r).to(place.device, dtype)
+        for value in (1 / 3, 1.0, float("nan")):
+            factor = torch.tensor(value, device=place.device)
+            expected = x.float().mul(factor).to(dtype)
+            if dtype == torch.bfloat16:
+                assert_equal(expected, (x.double() * factor.double()).to(dtype))
+            assert_equal(scale(x, factor, torch.empty_like(x)), expected)
+            again = x.clone()
+            assert scale(again, factor, again) is again
+            assert_equal(again, expected)
+    torch.library.opcheck(scaled_op, (x, torch.tensor(1 / 3, device=place.device), place.backend))
+
+
+@on_places
+def test_the_gradient_is_scaled_in_place_where_the_graph_goes(place, monkeypatch):
+    """No second (V, D) is made; where the graph is retained, one is."""
+    from scope_fast.ops import linear_scope_loss as op
+
+    made, scaled = [], op.scaled_op
+    monkeypatch.setattr(op, "scaled_op", lambda *args: (made.append(args[0].shape), scaled(*args))[1])
+    case = make_case().to(place.fine, place.device)
+    loss, _ = run(case, place=place)
+    kept = torch.autograd.grad(3.0 * loss, case.leaves(), retain_graph=True)
+    assert made == [x.shape for x in kept]
+    gone = torch.autograd.grad(3.0 * loss, case.leaves())
+    assert len(made) == len(kept)
+    for a, b in zip(kept, gone, strict=True):
+        assert torch.equal(a, b)
 
 
 @on_places

@@ -72,7 +72,7 @@ def test_bytes_by_hand():
     assert held.gathered == 2 * (200 + 2 * 100)
     token = 2 * 8 * 16 + 2 * (2 * 16 + 2 * 8 + 4 * 32)
     assert held.activations == 10 * 8 * token
-    assert held.head == 10 * 500 * (4 + 2) + 500 * 16 * 4
+    assert held.head == 10 * 500 * (4 + 2) + 500 * 16 * 2
     assert held.engine == 0.4 * 40 * GIB
     alone = plan.memory(config, SIZES, ranks=1)  # keeps a bfloat16 copy of each block for its backward
     assert alone.gathered == 2 * (200 + 8 * 100)

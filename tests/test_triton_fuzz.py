@@ -14,6 +14,16 @@ from opcases import Case, gradients, make_case, places, strided
 
 from scope_fast import LossOptions, PrmHead, linear_logprob, linear_scope_loss, scope_loss, step_pool, weight_bucket
 
+
+@pytest.fixture(autouse=True, scope="module")
+def few_rows_of_logits_at_a_time():
+    """So that chunks of up to 24 rows meet both buffers of the linear loss."""
+    plan = pytest.importorskip("scope_fast.kernels.plan")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "LOGIT_ROWS", 5)
+        yield
+
+
 fuzzed = settings(max_examples=int(os.environ.get("FUZZ_EXAMPLES", "10")), deadline=None, derandomize=True)
 
 sizes = st.tuples(st.integers(0, 24), st.integers(1, 40), st.integers(2, 300))
