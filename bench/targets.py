@@ -149,8 +149,8 @@ def roofline_s(rows: Rows, shape: list[int], logits_bytes: int, accumulates: boo
 
 def in_chunks(device: dict, shape: list[int], logits_bytes: int) -> bool:
     """Whether the default plan cuts the rows, so that dW is summed in float32."""
-    extra = plan.within(plan.EXTRA_BYTES, device["memory_bytes"])
-    return plan.rows_at_a_time(*shape, logits_bytes, 2, device["processors"], extra)[0] < shape[0]
+    rows = plan.rows_at_a_time(*shape, logits_bytes, 2, device["processors"], device["memory_bytes"])[0]
+    return rows < shape[0]
 
 
 def beyond_dweight(row: dict | None, shape: list[int]) -> float | None:

@@ -91,14 +91,16 @@ def linear_scope_loss(
     if chunk_tokens == 0:
         return _streaming(hidden, weight, bias, rows, index, options, needs)
     num_rows, (size, dim), device = index.numel(), weight.shape, hidden.device
-    kept = logit_dtypes(hidden.dtype, logits_dtype)
+    kept, dense = logit_dtypes(hidden.dtype, logits_dtype), num_rows == hidden.shape[0]
     if chunk_tokens < 0:
-        itemsizes = kept.itemsize, (hidden.dtype if any(needs) else kept).itemsize
-        extra = plan.within(plan.EXTRA_BYTES, memory_bytes(device))
-        chunk_tokens, logit_rows = plan.rows_at_a_time(num_rows, dim, size, *itemsizes, num_processors(device), extra)
+        gradient = hidden.dtype if needs[1] else kept  # a buffer of its own spares dW's sums: without dW, nothing
+        beside = 0 if dense else 2 * dim * hidden.itemsize  # of rows of hidden, and of their gradient
+        chunk_tokens, logit_rows = plan.rows_at_a_time(
+            num_rows, dim, size, kept.itemsize, gradient.itemsize, num_processors(device), memory_bytes(device), beside
+        )
     else:
         chunk_tokens = logit_rows = max(1, min(chunk_tokens, num_rows))
-    grads = Gradients(hidden, weight, needs, dense=num_rows == hidden.shape[0], once=chunk_tokens >= num_rows)
+    grads = Gradients(hidden, weight, needs, dense=dense, once=chunk_tokens >= num_rows)
     launch = _rows
     if clusters and size * kept.itemsize <= CLUSTER_BYTES:
         launch, bias = _cluster_rows, narrow(bias)  # what it reads: one conversion, in the place of two a row

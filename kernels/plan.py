@@ -7,13 +7,15 @@ Of the three matmuls of a chunk of C rows, in units of one row of one ideal matm
             against 3.0 TB/s, both measured; of large chunks a part hides behind the matmul, bench/NOTES.md). The first
             chunk only writes; that saving is the same for every plan
 
-The budget: beyond inputs and returned gradients never more than a float32 dW and EXTRA_BYTES.
+The budget: beyond inputs and returned gradients a float32 dW and EXTRA_BYTES, and for the logits with their gradient
+never more than a share of the device's memory. On AMD, where no gradient lies over wider logits, up to half as much
+again.
 """
 
 TILE_ROWS, TILE_COLUMNS = 128, 256
 DW_ROWS = 1064
 EXTRA_BYTES = 1 << 30
-SHARE = 20  # never more than 1/20 of the device's memory
+SHARE = 20  # 1/20 of the device's memory
 LOGIT_ROWS = 1024  # of float32 logits at a time, where the bfloat16 gradient of a longer chunk is kept
 
 
@@ -46,21 +48,30 @@ def chunk_rows(num_rows: int, dim: int, row_bytes: int, num_processors: int, bud
 
 
 def rows_at_a_time(
-    num_rows: int, dim: int, size: int, logit_bytes: int, gradient_bytes: int, num_processors: int, extra: int
+    num_rows: int,
+    dim: int,
+    size: int,
+    logit_bytes: int,
+    gradient_bytes: int,
+    num_processors: int,
+    total_memory_bytes: int | None,
+    beside: int = 0,
 ) -> tuple[int, int]:
     """(rows of a chunk, rows of its logits at a time) for (num_rows, size) logits and gradients of so many bytes each.
 
+    beside: bytes that a row of the chunk takes elsewhere.
     A gradient lies over its logits, or, where that takes less, in a buffer of its own which LOGIT_ROWS of logits at a
     time fill. In one chunk dW is written as it is returned, and what a float32 one would take is free; in several it is
     summed in float32, and what the returned one will take is free until then.
     """
-    wide, narrow, by_rows = size * logit_bytes, size * gradient_bytes, LOGIT_ROWS * size * logit_bytes
-    room = extra + 4 * size * dim
+    wide, narrow = size * logit_bytes + beside, size * gradient_bytes + beside
+    by_rows = LOGIT_ROWS * size * logit_bytes
+    room = within(EXTRA_BYTES + 4 * size * dim, total_memory_bytes)
     if by_rows + num_rows * narrow < num_rows * wide and by_rows + num_rows * narrow <= room:
         return num_rows, LOGIT_ROWS
     if num_rows * wide <= room:
         return max(1, num_rows), max(1, num_rows)
-    room = extra + narrow * dim
+    room = within(EXTRA_BYTES + gradient_bytes * size * dim, total_memory_bytes)
     in_place = chunk_rows(num_rows, dim, wide, num_processors, room)
     chunk = chunk_rows(num_rows, dim, narrow, num_processors, room - by_rows)
     return (chunk, min(LOGIT_ROWS, chunk)) if chunk > in_place else (in_place, in_place)

@@ -81,8 +81,8 @@ class LossOptions:
     temperature: logits of RL rows are divided by it (1 for NLL rows); TokenStreams.temperature overrides both.
     logits_dtype: dtype the logits of bfloat16 inputs are kept in between matmul and row kernel.
     chunk_tokens: rows of logits at a time; None = chosen from a byte budget (on a GPU, beyond inputs and gradients, a
-        float32 dW and 1 GiB), 0 = the streaming mode, whose forward never writes logits (always float32) and whose
-        gradient forms them by tiles of the vocabulary.
+        float32 dW and 1 GiB, or less on a small one), 0 = the streaming mode, whose forward never writes logits
+        (always float32) and whose gradient forms them by tiles of the vocabulary.
     """
 
     clip_low: float = 0.2

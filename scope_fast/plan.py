@@ -4,7 +4,7 @@
     gathered                         the root's unit and two blocks (one computing, the next on its way), compute dtype;
                                      of a lone process the copies it casts, whose blocks are kept if not recomputed
     activations                      of the token budget: `activation_bytes`, less what is recomputed
-    head                             one chunk of logits and its gradient, and dW of the whole head in float32
+    head                             logits and their gradient, of the token budget or in chunks, and dW
     reward model                     every rank's own copy, in the compute dtype
     engine                           vLLM's share of the GPU, taken for good (weights, KV cache)
     reward engine, teacher engine    the same of a reward model and of a teacher that run in vLLM
@@ -18,7 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from scope_fast.config import Config
-from scope_fast.kernels.plan import EXTRA_BYTES, within
+from scope_fast.kernels.plan import EXTRA_BYTES
 
 GIB = 1 << 30
 RESERVE_BYTES = 4 * GIB  # CUDA context, NCCL buffers, fragmentation: our allowance, not measured
@@ -147,7 +147,7 @@ def memory(config: Config, sizes: Sizes, ranks: int, reward_parameters: int = 0)
     gathered = (sizes.root + blocks * sizes.block) * dtype_bytes if ranks > 1 or dtype_bytes < 4 else 0
     gpu_bytes = config.distributed.gpu_memory_gib * GIB
     head_weights = sizes.vocabulary * sizes.hidden
-    head = within(EXTRA_BYTES, int(gpu_bytes)) + 4 * head_weights
+    head = EXTRA_BYTES + 4 * head_weights
     head = min(head, learner.token_budget * sizes.vocabulary * (4 + dtype_bytes)) + dtype_bytes * head_weights
     # "auto" is vLLM wherever it is installed
     teaches = config.repairs and config.teacher.kind == "model" and config.teacher.engine != "transformers"

@@ -6,7 +6,7 @@ from opcases import Case, Place, all_options, gradients, make_case, naive_loss, 
 
 from scope_fast import LossOptions, linear_scope_loss, native
 from scope_fast.ops import reference
-from scope_fast.ops.linear_scope_loss import STEM, linear_scope_loss_op, scaled_op
+from scope_fast.ops.linear_scope_loss import STEM, is_plain, linear_scope_loss_op, scaled_op
 from scope_fast.ops.options import encode
 
 on_places = places("linear_scope_loss", cuda="linear_scope_loss")
@@ -78,9 +78,11 @@ def test_the_upstream_gradient_is_not_rounded_to_bfloat16(place):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_kernel_that_scales_rounds_once(place, dtype):
     from scope_fast.kernels.linear_scope_loss import SCALE_BLOCK, SCALE_PROGRAMS, scale
+    from scope_fast.kernels.softmax import num_processors
 
     r = torch.Generator().manual_seed(0)
-    for shape in ((0,), (1,), (3, 5), (SCALE_BLOCK + 7,), (2 * SCALE_PROGRAMS + 1, SCALE_BLOCK)):
+    once = SCALE_PROGRAMS * num_processors(torch.device(place.device))  # blocks; the last shape takes three rounds
+    for shape in ((0,), (1,), (3, 5), (SCALE_BLOCK + 7,), (2 * once + 1, SCALE_BLOCK)):
         x = torch.randn(shape, generator=r).to(place.device, dtype)
         for value in (1 / 3, 1.0, float("nan")):
             factor = torch.tensor(value, device=place.device)
@@ -96,19 +98,90 @@ def test_the_kernel_that_scales_rounds_once(place, dtype):
 
 @on_places
 def test_the_gradient_is_scaled_in_place_where_the_graph_goes(place, monkeypatch):
-    """No second (V, D) is made; where the graph is retained, one is."""
+    """No second (V, D) is made, nor multiplied by a factor that is seen to be 1; for a retained graph one is."""
     from scope_fast.ops import linear_scope_loss as op
 
-    made, scaled = [], op.scaled_op
-    monkeypatch.setattr(op, "scaled_op", lambda *args: (made.append(args[0].shape), scaled(*args))[1])
+    calls, scale = [], op._scale
+    monkeypatch.setattr(op, "_scale", lambda *args: (calls.append((args[0], args[-1])), scale(*args))[1])
     case = make_case().to(place.fine, place.device)
     loss, _ = run(case, place=place)
     kept = torch.autograd.grad(3.0 * loss, case.leaves(), retain_graph=True)
-    assert made == [x.shape for x in kept]
+    saved = [x.data_ptr() for x, out in calls]
+    assert len(calls) == len(kept) and all(out.data_ptr() != x.data_ptr() for x, out in calls)
+    calls.clear()
     gone = torch.autograd.grad(3.0 * loss, case.leaves())
-    assert len(made) == len(kept)
+    assert [out.data_ptr() for _, out in calls] == saved == [x.data_ptr() for x in gone]
     for a, b in zip(kept, gone, strict=True):
         assert torch.equal(a, b)
+    calls.clear()
+    run(case, place=place)[0].backward()
+    assert len(calls) == (0 if case.hidden.device.type == "cpu" else len(kept))
+
+
+@on_places
+def test_a_backward_that_was_interrupted_is_not_tried_again(place, monkeypatch):
+    """Its first gradient is scaled already."""
+    from scope_fast.ops import linear_scope_loss as op
+
+    case = make_case().to(place.fine, place.device)
+    loss, _ = run(case, place=place)
+    scale, calls = op._scale, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return scale(*args)
+
+    monkeypatch.setattr(op, "_scale", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        (3.0 * loss).backward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (3.0 * loss).backward()
+
+
+@on_places
+def test_a_factor_whose_negation_was_put_off(place):
+    """As complex arithmetic behind the loss leaves it: the memory holds its opposite."""
+    case = make_case().to(place.fine, place.device)
+    expected = torch.autograd.grad(-run(case, place=place)[0], case.leaves())
+    loss, _ = run(case, place=place)
+    imaginary = torch.view_as_real(torch.complex(torch.zeros_like(loss), loss).conj().resolve_conj())[1]
+    for a, b in zip(torch.autograd.grad(imaginary, case.leaves()), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_factor_that_torch_has_not_computed_is_left_to_torch():
+    """A kernel of our own would read the memory as it is."""
+    imaginary = torch.complex(torch.zeros(()), torch.ones(())).conj().imag
+    assert imaginary.is_neg() and not is_plain(imaginary)
+    assert not is_plain(torch._efficientzerotensor(()))
+    assert is_plain(torch.ones(()))
+
+
+@EXACT
+def test_a_batch_of_factors(place):
+    case = make_case()
+    loss, _ = run(case, place=place)
+    factors = torch.tensor([1.0, -2.0, 0.5], dtype=loss.dtype)
+    batched = torch.autograd.grad(loss, case.leaves(), factors, retain_graph=True, is_grads_batched=True)
+    last = torch.autograd.grad(loss, case.leaves(), factors, is_grads_batched=True)
+    once = gradients(run(case, place=place)[0], case)
+    for a, b, c in zip(batched, last, once, strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, torch.stack([factor * c for factor in factors]))
+
+
+def test_compiled_autograd_takes_the_backward_in_one_graph():
+    from torch._dynamo import compiled_autograd
+
+    case = make_case()
+    expected = gradients(run(case)[0], case)
+    torch._dynamo.reset()
+    with compiled_autograd._enable(torch.compile(fullgraph=True, backend="aot_eager")):
+        (2.0 * run(case)[0]).backward()
+    for leaf, gradient in zip(case.leaves(), expected, strict=True):
+        torch.testing.assert_close(leaf.grad, 2.0 * gradient)
 
 
 @on_places

@@ -37,28 +37,38 @@ def test_known_good_sizes():
 
 def test_one_chunk_where_a_float32_dweight_would_have_been():
     """Qwen2.5-7B's head, 8192 rows: 2.3 GiB of gradient and 0.6 of logits, where 2.0 of dW and 1 are allowed."""
-    plan_rows = plan.rows_at_a_time
     assert plan.LOGIT_ROWS == 1024
-    assert plan_rows(8192, 3584, 152064, 4, 2, 132, GIB) == (8192, 1024)
-    assert plan_rows(8192, 3584, 152064, 2, 2, 132, GIB) == (8192, 8192)  # in place: one dtype
-    assert plan_rows(2048, 3584, 152064, 4, 2, 132, GIB) == (2048, 2048)  # 2048 * 2 + 1024 * 4 = 2048 * 4
-    assert plan_rows(2049, 3584, 152064, 4, 2, 132, GIB) == (2049, 1024)
-    assert plan_rows(32768, 1536, 151936, 4, 2, 132, GIB) == (2816, 1024)
-    assert plan_rows(0, 3584, 152064, 4, 2, 132, GIB) == (1, 1)
+
+    def rows(num_rows, dim, size, *itemsizes, memory=80 * GIB):
+        return plan.rows_at_a_time(num_rows, dim, size, *itemsizes, 132, memory)
+
+    assert rows(8192, 3584, 152064, 4, 2) == (8192, 1024)
+    assert rows(8192, 3584, 152064, 2, 2) == (8192, 8192)  # in place: one dtype
+    assert rows(8192, 3584, 152064, 4, 4) == (4608, 4608)
+    assert rows(2048, 3584, 152064, 4, 2) == (2048, 2048)  # 2048 * 2 + 1024 * 4 = 2048 * 4
+    assert rows(2049, 3584, 152064, 4, 2) == (2049, 1024)
+    assert rows(32768, 1536, 151936, 4, 2) == (2816, 1024)
+    assert rows(0, 3584, 152064, 4, 2) == (1, 1)
+    assert rows(8192, 3584, 152064, 4, 2, memory=40 * GIB)[0] < 8192  # of which 2 GiB may be used
 
 
 @pytest.mark.parametrize("num_rows", [1, 129, 2049, 8192, 100_000])
 @pytest.mark.parametrize("dim", [64, 1536, 3584])
 @pytest.mark.parametrize("size", [151, 32000, 152064])
-@pytest.mark.parametrize("extra", [1 << 20, GIB])
+@pytest.mark.parametrize("memory", [None, 1 << 30, 24 * GIB, 80 * GIB])
 @pytest.mark.parametrize(("logit_bytes", "gradient_bytes"), [(4, 2), (2, 2), (4, 4)])
-def test_no_plan_takes_more_than_a_float32_dweight_and_extra(num_rows, dim, size, extra, logit_bytes, gradient_bytes):
-    chunk, rows = plan.rows_at_a_time(num_rows, dim, size, logit_bytes, gradient_bytes, 132, extra)
+@pytest.mark.parametrize("dense", [True, False])
+def test_no_plan_takes_more_than_a_float32_dweight_and_extra(
+    num_rows, dim, size, memory, logit_bytes, gradient_bytes, dense
+):
+    beside = 0 if dense else 4 * dim
+    chunk, rows = plan.rows_at_a_time(num_rows, dim, size, logit_bytes, gradient_bytes, 132, memory, beside)
     assert 1 <= rows <= chunk <= num_rows
-    buffers = size * (rows * logit_bytes + (rows < chunk) * chunk * gradient_bytes)
+    buffers = size * (rows * logit_bytes + (rows < chunk) * chunk * gradient_bytes) + chunk * beside
+    assert memory is None or buffers <= memory // plan.SHARE or chunk == 1
     if chunk < num_rows and gradient_bytes < 4:
         buffers += size * dim * (4 - gradient_bytes)  # the sum, before the gradient that is returned exists
-    assert buffers <= extra + 4 * size * dim or chunk == 1
+    assert buffers <= plan.EXTRA_BYTES + 4 * size * dim or chunk == 1
 
 
 def test_the_budget_follows_the_device():

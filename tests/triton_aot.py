@@ -8,6 +8,7 @@ Triton turns into constants. Pointers are taken as aligned to 16 bytes; vocabula
 16 in the variants called full, as anything in those called bare. All of them for sm_90, the full ones elsewhere.
 """
 
+import itertools
 import json
 import re
 import subprocess
@@ -62,9 +63,10 @@ def variants():
                 "table": F32, "first": "i32", "num_rows": "i32", **vocabulary(name), "GRADIENT": gradient,
                 "ENTROPY": name == "full", "BLOCK": softmax.BLOCK,
             }, {"num_warps": softmax.NUM_WARPS}  # fmt: skip
-    for operand in DTYPES:
-        yield linear_scope_loss._scale_kernel, operand[1:], {
-            "x": operand, "factor": F32, "out": operand, "size": "i64:16", "BLOCK": linear_scope_loss.SCALE_BLOCK,
+    for operand, in_place in itertools.product(DTYPES, (False, True)):
+        yield linear_scope_loss._scale_kernel, f"{operand[1:]}{' in place' if in_place else ''}", {
+            "x": operand, "factor": F32, "out": operand, "size": "i64:16", "IN_PLACE": in_place,
+            "BLOCK": linear_scope_loss.SCALE_BLOCK,
         }, {"num_warps": 8}  # fmt: skip
     yield _reduce_table_kernel, "", {"table": F32, "out": F32, "num_columns": "i32", "BLOCK": 1024}, {"num_warps": 4}
     yield from logprob_variants()

@@ -102,27 +102,36 @@ def _backward(ctx, grad_loss, *_):
 def _scaled(saved: Tensor, grad_loss: Tensor, backend: str) -> Tensor:
     """saved * grad_loss; a second backward over the same graph must find the saved gradients unscaled.
 
-    So it is a new tensor where the graph is retained, and elsewhere the saved one, scaled in place: another (V, D)
-    costs 2 to 7 % of the call on an H100 (the kernel leaves it alone where the factor is 1), and 5 % on a CPU (V 32000,
-    D 512, float32).
+    So it is a new tensor where the graph is retained, or captured and perhaps replayed. Elsewhere it is the saved one,
+    scaled in place: another (V, D) costs 2 to 7 % of the call on an H100 (the kernel leaves it alone where the factor
+    is 1), and 5 % on a CPU (V 32000, D 512, float32).
     """
-    retained = torch._C._autograd._get_current_graph_task_keep_graph()
-    if retained or not is_eager(grad_loss) or not saved.is_contiguous():
+    if not is_plain(grad_loss) or not saved.is_contiguous() or _may_be_read_again(saved):
         return scaled_op(saved, grad_loss, backend)
-    return saved if is_one(grad_loss) else _scale(saved, grad_loss, backend, saved)
+    if is_one(grad_loss):
+        return saved
+    torch.autograd.graph.increment_version(saved)  # Triton does not: a backward interrupted here cannot be tried again
+    return _scale(saved, grad_loss, backend, saved)
 
 
-def is_eager(grad_loss: Tensor) -> bool:
-    """Whether it has one value: nothing traces it, and it is no batch of factors (`is_grads_batched`)."""
+def _may_be_read_again(saved: Tensor) -> bool:
+    captured = saved.is_cuda and torch.cuda.is_current_stream_capturing()
+    return captured or torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def is_plain(grad_loss: Tensor) -> bool:
+    """Whether its memory holds its one value: nothing traces it, it is no batch of factors (`is_grads_batched`), and no
+    negation (or zero) that torch has put off."""
     if type(grad_loss) is not Tensor or torch.compiler.is_compiling():
         return False
     functorch = torch._C._functorch
-    return not (functorch.is_functorch_wrapped_tensor(grad_loss) or functorch.is_legacy_batchedtensor(grad_loss))
+    batched = functorch.is_functorch_wrapped_tensor(grad_loss) or functorch.is_legacy_batchedtensor(grad_loss)
+    return not batched and not grad_loss.is_neg() and not grad_loss._is_zerotensor()
 
 
 def is_one(grad_loss: Tensor) -> bool:
     """Whether the factor is exactly 1, as `loss.backward()` starts; asked on a CPU alone, where looking is free."""
-    return is_eager(grad_loss) and grad_loss.device.type == "cpu" and grad_loss.item() == 1.0
+    return is_plain(grad_loss) and grad_loss.device.type == "cpu" and grad_loss.item() == 1.0
 
 
 @torch.library.custom_op("scope_fast::scaled", mutates_args=())
