@@ -8,7 +8,8 @@ is evaluated under its own config.yaml, or with --step one of its checkpoints. W
     --data.path FILE    every row of a data set             --suite FILE    every row of a list of benchmarks
 Any configuration key may follow, as for `scope_fast.train`: --rollout.max_tokens 2048 --verifier.score my.module:score
 With --suite, data.* and verifier.score may not: the suite's file says them for every benchmark.
-The result is a table, and a JSON file (RUN/evaluation.json or evaluation_step_N.json, or where --json says).
+The result is a table, and a JSON file: where --json says, or of a run RUN/evaluation.json, the name of another data set
+or suite and the step behind "evaluation": evaluation_FILE_step_N.json.
 scorecard.py says what is measured.
 """
 
@@ -149,7 +150,7 @@ def parse(arguments: list[str]) -> Request:
     )
     add("--suite", help="a suite's YAML file or preset, say eval/paper; it says data.* and verifier.score itself")
     add("--data-dir", help="read the suite's benchmarks from files NAME.jsonl or NAME.parquet of this folder")
-    add("--json", type=Path, help="where the results go (default: evaluation.json in the run directory)")
+    add("--json", type=Path, help="where the results go (default: in the run directory, see above)")
     if arguments and arguments[0] in ("-h", "--help"):
         parser.print_help()
         raise SystemExit(0)
@@ -168,8 +169,9 @@ def parse(arguments: list[str]) -> Request:
     pairs += [("prm.path", json.dumps(options.prm))] if options.prm is not None else []
     run, folder, base = locate(arguments[0], options.step)
     config = load(base, [*(dotted(suite.config) if suite else ()), *pairs])
-    results = "evaluation.json" if options.step is None else f"evaluation_step_{options.step}.json"
     own_data = suite is None and "data.path" not in dict(pairs)
+    parts = ["evaluation"] if own_data else ["evaluation", Path(options.suite or config.data.path or "tasks").stem]
+    results = "_".join([*parts, *([] if options.step is None else [f"step_{options.step}"])]) + ".json"
     return _checked(
         Request(
             folder or (str(_tiny(config)) if options.step is None else ""), run, options.step,

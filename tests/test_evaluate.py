@@ -178,6 +178,12 @@ def test_a_run_is_evaluated_on_the_rows_it_held_out(model, scripted, tmp_path):
     assert found["maj@2"] == pytest.approx((3 * 0.5 + 1) / 4)  # ties, but where 7 is right
     assert "scope/near_miss_rate" not in found  # no checker knows these rows
     assert result["benchmarks"]["jsonl"]["counts"]["scope/unchecked"] == 3
+    # of another data set the results go beside them
+    before, other = (folder / "evaluation.json").read_text(), tmp_path / "other.v2.jsonl"
+    other.write_text(data.read_text())
+    assert evaluate.main([str(folder), "--k", "1,2", "--data.path", str(other)]) == 0
+    assert (folder / "evaluation.json").read_text() == before
+    assert "other.v2" in json.loads((folder / "evaluation_other.v2.json").read_text())["benchmarks"]
 
 
 def test_the_checkpoint_of_a_step(model, scripted, tmp_path, monkeypatch):
