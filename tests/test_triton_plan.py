@@ -1,5 +1,7 @@
 """The chunk plan: the byte budget holds, sizes fill whole waves, and the anchors' good sizes are found."""
 
+import itertools
+
 import pytest
 
 plan = pytest.importorskip("scope_fast.kernels.plan")
@@ -52,23 +54,19 @@ def test_one_chunk_where_a_float32_dweight_would_have_been():
     assert rows(8192, 3584, 152064, 4, 2, memory=40 * GIB)[0] < 8192  # of which 2 GiB may be used
 
 
-@pytest.mark.parametrize("num_rows", [1, 129, 2049, 8192, 100_000])
-@pytest.mark.parametrize("dim", [64, 1536, 3584])
-@pytest.mark.parametrize("size", [151, 32000, 152064])
 @pytest.mark.parametrize("memory", [None, 1 << 30, 24 * GIB, 80 * GIB])
 @pytest.mark.parametrize(("logit_bytes", "gradient_bytes"), [(4, 2), (2, 2), (4, 4)])
-@pytest.mark.parametrize("dense", [True, False])
-def test_no_plan_takes_more_than_a_float32_dweight_and_extra(
-    num_rows, dim, size, memory, logit_bytes, gradient_bytes, dense
-):
-    beside = 0 if dense else 4 * dim
-    chunk, rows = plan.rows_at_a_time(num_rows, dim, size, logit_bytes, gradient_bytes, 132, memory, beside)
-    assert 1 <= rows <= chunk <= num_rows
-    buffers = size * (rows * logit_bytes + (rows < chunk) * chunk * gradient_bytes) + chunk * beside
-    assert memory is None or buffers <= memory // plan.SHARE or chunk == 1
-    if chunk < num_rows and gradient_bytes < 4:
-        buffers += size * dim * (4 - gradient_bytes)  # the sum, before the gradient that is returned exists
-    assert buffers <= plan.EXTRA_BYTES + 4 * size * dim or chunk == 1
+def test_no_plan_takes_more_than_a_float32_dweight_and_extra(memory, logit_bytes, gradient_bytes):
+    shapes = itertools.product((1, 129, 2049, 8192, 100_000), (64, 1536, 3584), (151, 32000, 152064), (True, False))
+    for num_rows, dim, size, dense in shapes:
+        beside = 0 if dense else 4 * dim
+        chunk, rows = plan.rows_at_a_time(num_rows, dim, size, logit_bytes, gradient_bytes, 132, memory, beside)
+        assert 1 <= rows <= chunk <= num_rows
+        buffers = size * (rows * logit_bytes + (rows < chunk) * chunk * gradient_bytes) + chunk * beside
+        assert memory is None or buffers <= memory // plan.SHARE or chunk == 1
+        if chunk < num_rows and gradient_bytes < 4:
+            buffers += size * dim * (4 - gradient_bytes)  # the sum, before the gradient that is returned exists
+        assert buffers <= plan.EXTRA_BYTES + 4 * size * dim or chunk == 1
 
 
 def test_the_budget_follows_the_device():
