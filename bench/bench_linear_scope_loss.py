@@ -167,7 +167,7 @@ def our_variants(spec: Spec, backend: str) -> list[Variant]:
 
 
 def chunks(spec: Spec, logits_dtype: str) -> dict[int, str]:
-    """Rows of a chunk, and why: the least memory, and on a GPU what would be chosen if memory were no matter."""
+    """Rows of a chunk, and why: the least memory, and on a GPU what the plan would take with LARGE_BYTES for logits."""
     T, D, V = spec.shape
     found = {min(SMALL_CHUNK[spec.device], T): "least memory"}
     if spec.device == "cuda":

@@ -137,7 +137,8 @@ def is_one(grad_loss: Tensor) -> bool:
 @torch.library.custom_op("scope_fast::scaled", mutates_args=())
 def scaled_op(x: Tensor, factor: Tensor, backend: str) -> Tensor:
     """x times factor, of one element, in the dtype of x: multiplied in float32 (float64) and rounded once."""
-    return _scale(x.contiguous(), factor, backend, _fake_scaled(x, factor, backend))
+    x = x.contiguous()
+    return _scale(x, factor, backend, torch.empty_like(x))
 
 
 def _scale(x: Tensor, factor: Tensor, backend: str, out: Tensor) -> Tensor:
