@@ -135,7 +135,13 @@ def test_a_dead_rank_ends_them_all_and_says_so(tmp_path):
                 assert time.monotonic() < deadline and job.poll() is None
                 time.sleep(0.2)
             ranks = ranks_of(job.pid)
+            # rank 0 is held until torchrun has seen it: it might report its broken connection before that
+            os.kill(ranks[0], signal.SIGSTOP)
             os.kill(ranks[1], signal.SIGKILL)
+            while Path(f"/proc/{ranks[1]}").exists():
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            os.kill(ranks[0], signal.SIGCONT)
             _, errors = job.communicate(timeout=90)
         finally:
             job.kill()
