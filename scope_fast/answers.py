@@ -21,7 +21,7 @@ _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is no brace
 _WRAPPED = re.compile(r"\$\$(.*)\$\$|\$(.*)\$|\\\((.*)\\\)|\\\[(.*)\\\]", re.DOTALL)
 _SPACING = re.compile(r"\\(?:left|right)(?![a-zA-Z])|\\[!,;:]")
 _THOUSANDS = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
-_LETTER = re.compile(r"\W*(?:\\text(?:bf|rm)?\{|\\mathrm\{)?\W*([A-Za-z])(?:[\s*)}\].]*$|[.):])")
+_LETTER = re.compile(r"\W*(?:\\(?:text|math)(?:rm|bf|it|sf)?\{)?\W*([A-Za-z])(?:[\s*)}\].]*$|[.):])")
 
 
 def boxed(text: str) -> str | None:
@@ -48,7 +48,8 @@ def final_answer(response: str) -> str | None:
     answer = boxed(response)
     if answer is None:
         answer = extract_answer(response)
-    return (answer or "").strip("* ") or None
+    # bold or in code, with the sentence's full stop inside or outside
+    return (answer or "").strip("*` ").rstrip(".").strip("*` ") or None
 
 
 def gold_answer(entry: dict[str, Any]) -> str:

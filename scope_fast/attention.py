@@ -71,7 +71,8 @@ def packed_sdpa(
 ) -> tuple[Tensor, None]:
     """transformers' SDPA, sequence by sequence. query (1, H, L, d), key and value (1, H_kv, L, d) -> (1, L, H, d).
 
-    ValueError for a batch of several rows, or where the model does not pass position_ids (1, L) on to its attention.
+    ValueError for a batch of several rows, where the model does not pass position_ids (1, L) on to its attention, or
+    where it makes a mask of its own (Doge), which would be left out.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -80,6 +81,8 @@ def packed_sdpa(
             f"learner.attention: {PACKED} needs one row of packed sequences and their position_ids in "
             f"{type(module).__name__}; got query {tuple(query.shape)}"
         )
+    if attention_mask is not None:  # what transformers makes for every model is None here
+        raise ValueError(f"learner.attention: {PACKED} leaves out the mask that {type(module).__name__} makes itself")
     if position_ids not in _lengths:
         _lengths[position_ids] = sequence_lengths(position_ids[0])
     lengths, outputs = _lengths[position_ids], []

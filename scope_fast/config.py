@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from os.path import expanduser
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from scope_fast.batch import LossOptions
 
@@ -20,6 +21,7 @@ OURS = "our reading; not stated in the sources"
 Positive = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**20)]  # Random(-n) is Random(n), and seeds are spread by a million each
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Source = Annotated[str, AfterValidator(expanduser)]  # a file, a folder or a hub name; no shell expands a file's ~
 Style = Literal["plain", "swapped", "worded"]  # tasks.STYLES
 
 
@@ -68,7 +70,7 @@ class WarmStart(_Section):
 class Model(_Section):
     """The student. path: a Hugging Face folder or hub name, or "tiny" for the warm-started embedded model."""
 
-    path: str = "tiny"
+    path: Source = "tiny"
     config: dict[str, Any] | None = Field(
         None, description="its configuration (model_type, hidden_size, ...), for the plan of a model that is not here"
     )
@@ -86,7 +88,7 @@ class Data(_Section):
     """
 
     tasks: list[str] = Field(default_factory=lambda: ["chain_sum", "leg_counting"], min_length=1)
-    path: str | None = None
+    path: Source | None = None
     subset: str | None = Field(None, description="configuration of a hub data set")
     split: str = Field("train", description="split of a hub data set, or of a folder of splits")
     prompt_column: str | None = Field(None, description='"a.b" looks inside column a')
@@ -158,7 +160,7 @@ class Prm(_Section):
     """
 
     kind: Literal["token_classifier", "exact", "qwen2.5-math-prm", "math-shepherd", "rlhflow"] = "token_classifier"
-    path: str = "tiny"
+    path: Source = "tiny"
     engine: Literal["in-process", "vllm"] = "in-process"
     monitor: bool = True
     tau: Share = Field(0.5, description="a step stands while its probability is at least this (SCOPE: 0.5)")
@@ -188,7 +190,7 @@ class Endpoint(_Section):
 
     url: str = Field("", description="base URL, up to and with /v1")
     model: str = Field("", description="the name it is served under")
-    tokenizer: str | None = None
+    tokenizer: Source | None = None
     key_variable: str = Field("OPENAI_API_KEY", description="environment variable of the key; unset: no key is sent")
     concurrency: Positive = Field(16, description="most requests in flight, of each rank")
     request_timeout_s: float = Field(60.0, gt=0)
@@ -204,7 +206,7 @@ class Teacher(_Section):
     "endpoint" asks a server."""
 
     kind: Literal["solver", "model", "endpoint"] = "solver"
-    path: str = Field(
+    path: Source = Field(
         "tiny", description='a Hugging Face folder sharing the tokenizer, or "tiny" for the warm-started one'
     )
     engine: Literal["auto", "vllm", "transformers"] = Field("transformers", description="of kind model")
@@ -398,6 +400,14 @@ class Config(_Section):
             )
         if self.rollout.server_url is not None and self.rollout.server_gpus is not None:
             raise ValueError("rollout.server_gpus: the server at rollout.server_url has its own")
+        gpus = self.rollout.server_gpus or []
+        if any(gpu < 1 for gpu in gpus) or len(set(gpus)) < len(gpus):
+            raise ValueError(
+                f"rollout.server_gpus={gpus}: expected devices from 1 on, each once; 0 is the learner's, which a "
+                "server shares where server_gpus is left out"
+            )
+        if self.rollout.server_workers > 1 and self.rollout.server_url is None:
+            raise ValueError("rollout.server_workers: of the server at rollout.server_url, and there is none")
         if self.rollout.sleep_level and self.rollout.engine in ("vllm_server", "transformers"):
             raise ValueError(f"rollout.sleep_level: only vLLM in this process sleeps, not {self.rollout.engine}")
         if self.loss.kl != "none" and self.loss.kl_coef == 0.0:

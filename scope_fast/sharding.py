@@ -82,14 +82,18 @@ def shard(root: nn.Module, model: nn.Module, mesh: DeviceMesh, compute_dtype: to
 def use_liger(model: nn.Module) -> None:
     """Puts liger-kernel's RMSNorm, RoPE and SwiGLU into the model; the head stays ours. Not run on a GPU yet.
 
-    ValueError without a CUDA GPU (they are Triton kernels), ImportError without the package.
+    ValueError without a CUDA GPU (they are Triton kernels) and for a model it has none for, ImportError without the
+    package.
     """
     if not torch.cuda.is_available():
         raise ValueError("learner.liger: liger-kernel's layers need a CUDA GPU")
     try:
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
     except ModuleNotFoundError as error:
         raise ImportError("learner.liger needs liger-kernel: pip install 'scope-fast[gpu]'") from error
+    if model.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:  # which it would leave as they are
+        raise ValueError(f"learner.liger: liger-kernel has no layers for model type {model.config.model_type}")
     _apply_liger_kernel_to_instance(model, fused_linear_cross_entropy=False, cross_entropy=False)
 
 

@@ -29,7 +29,7 @@ STYLES = ("plain", "swapped", "worded")
 
 GENERATED = 100_000  # entries of a generator without working, which then repeat: some make all of them beforehand
 
-_ANSWER = re.compile(r"Answer:[ \t]*(\S[^\n]*)")
+_ANSWER = re.compile(r"Answer\*{0,2}:[ \t]*(\S[^\n]*)")
 _LAST_INTEGER = re.compile(r"= (-?\d+)(?:\. Answer: \S+)?$")
 
 

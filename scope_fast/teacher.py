@@ -95,8 +95,9 @@ class ModelTeacher:
 
     def complete(self, requests: list[Request]) -> list[Reply | TeacherError]:
         prompts = [[*request.prompt.ids, *request.prefix_ids] for request in requests]
-        fits = [i for i, prompt in enumerate(prompts) if len(prompt) < self._context]
-        replies: list[Reply | TeacherError] = [TeacherError("the prefix fills the teacher's context")] * len(requests)
+        refused = [self._refusal(prompt) for prompt in prompts]
+        fits = [i for i, reason in enumerate(refused) if not reason]
+        replies: list[Reply | TeacherError] = [TeacherError(reason) for reason in refused]
         if fits:
             seeds = [[self._draw(requests[i])] for i in fits]
             rollouts = self._engine.generate([prompts[i] for i in fits], 1, self._sampling, seeds, self._timeout_s)
@@ -110,6 +111,14 @@ class ModelTeacher:
                 text = self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
                 replies[i] = Reply(text, finished)
         return replies
+
+    def _refusal(self, prompt: list[int]) -> str:
+        """Why the engine would refuse all of a call that holds this prompt; "" where it would not."""
+        if len(prompt) >= self._context:
+            return "the prefix fills the teacher's context"
+        if max(prompt) >= self._engine.vocab_size:  # models of one tokenizer pad their embeddings to different sizes
+            return f"the prefix holds token id {max(prompt)}, the teacher knows {self._engine.vocab_size}"
+        return ""
 
     def _draw(self, request: Request) -> int:
         text = f"{self._seed}/{request.seed}/{request.prompt.id}"

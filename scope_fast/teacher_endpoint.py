@@ -60,7 +60,11 @@ class EndpointTeacher:
     def complete(self, requests: list[Request]) -> list[Outcome]:
         """All requests at once, `concurrency` in flight. Whatever is not there shortly before `teacher.timeout_s` is a
         timeout of its own request: `ask` would give up on all of them."""
-        return asyncio.run(self._complete(requests))
+        loop = asyncio.new_event_loop()
+        try:
+            return loop.run_until_complete(self._complete(requests))
+        finally:  # asyncio.run would wait for a thread that still looks up the server's name, past every deadline
+            loop.close()
 
     def check(self) -> None:
         """Asks the server for one token or two. ValueError where it cannot continue a prefix, or does not answer."""

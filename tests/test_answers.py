@@ -36,6 +36,11 @@ def test_what_a_box_holds(response, answer):
         ("3 + 4 = 7. Answer: 7", "7"),
         ("Answer: 7\nAnswer: 8", "8"),
         ("**Answer:** 7", "7"),
+        ("**Answer**: 7", "7"),
+        ("**Answer: 7.**", "7"),
+        ("Answer: **7**.", "7"),
+        ("Answer: `7`", "7"),
+        ("Answer: .5", ".5"),
         (r"Answer: 8 or \boxed{7}", "7"),
         (r"\boxed{} Answer: 8", None),  # the box decides, also when it is empty
         ("Answer:", None),
@@ -100,7 +105,8 @@ def test_text_is_compared_in_canonical_form():
     ("answer", "letter"),
     [
         ("B", "B"), ("(B)", "B"), ("b", "B"), ("B. Paris", "B"), ("B) Paris", "B"), ("(B) Paris", "B"), ("**B**", "B"),
-        (r"\text{B}", "B"), (r"\textbf{(B)}", "B"), (r"\mathrm{B}", "B"), ("$B$", "B"),
+        (r"\text{B}", "B"), (r"\textbf{(B)}", "B"), (r"\mathrm{B}", "B"),
+        (r"\mathbf{(B)}", "B"), (r"\textit{B}", "B"), ("**B**.", "B"), ("$B$", "B"),
         ("Because", None), ("7", None), ("AB", None), ("A dog", None),
     ],
 )  # fmt: skip

@@ -72,6 +72,17 @@ def test_unknown_keys_name_the_nearest(key, message):
             "{engine: vllm_server, server_url: 'http://a:1', server_gpus: [0]}",
             "rollout.server_gpus: the server at rollout.server_url has its own",
         ),
+        (
+            "rollout",
+            "{engine: vllm_server, server_gpus: [0, 1]}",
+            "rollout.server_gpus=[0, 1]: expected devices from 1 on, each once; 0 is the learner's",
+        ),
+        ("rollout", "{engine: vllm_server, server_gpus: [1, 1]}", "rollout.server_gpus=[1, 1]: expected devices"),
+        (
+            "rollout.server_workers",
+            "2",
+            "rollout.server_workers: of the server at rollout.server_url, and there is none",
+        ),
         ("learner.betas", "[0.9, 1.5]", "learner.betas"),
         ("loss.kl", "k3", "loss.kl=k3 without loss.kl_coef would do nothing"),
         ("out", "runs/{metod}", "out='runs/{metod}': only {method} and {seed} are filled in"),
@@ -96,6 +107,15 @@ def test_files_and_overrides_layer(tmp_path):
     assert config.prm.kind == "exact"
     assert config.loss.clip_low == Loss().clip_low == 0.2  # neither says: the default
     assert load(file).steps == 7
+
+
+def test_a_home_directory_is_written_as_in_a_shell(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    keys = ("model.path", "prm.path", "teacher.path", "data.path", "teacher.endpoint.tokenizer")
+    config = load(None, [(key, f"~/of/{key}") for key in keys])
+    found = (config.model.path, config.prm.path, config.teacher.path, config.data.path)
+    assert (*found, config.teacher.endpoint.tokenizer) == tuple(f"/home/ada/of/{key}" for key in keys)
+    assert load(None, [("model.path", "Qwen/a~b")]).model.path == "Qwen/a~b"
 
 
 def test_overrides_are_yaml():

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from fixtures.sharded_learner import CASES, gradients_of, learner_of, minibatches_of
 from test_learner import distance, make, mixture
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from scope_fast import attention, sharding
 from scope_fast.batch import LossOptions, pack
@@ -128,6 +129,25 @@ def test_packed_attention_wants_one_row():
     model.set_attn_implementation(attention.implementation(torch.float32, "packed_sdpa"))
     with pytest.raises(ValueError, match=r"packed_sdpa needs one row .* got query \(2, 2, 3, 16\)"):
         model(input_ids=torch.ones(2, 3, dtype=torch.int64))
+
+
+def test_a_mask_that_a_model_makes_itself_is_not_left_out():
+    """Doge's attention computes one from its values."""
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
+    kind = attention.implementation(torch.float32, "packed_sdpa")
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("doge", vocab_size=64, **sizes))
+    model.set_attn_implementation(kind)
+    with pytest.raises(ValueError, match=r"packed_sdpa leaves out the mask that DogeAttention makes itself"):
+        model(input_ids=torch.ones(1, 3, dtype=torch.int64), position_ids=torch.arange(3)[None], use_cache=False)
+
+
+def test_a_model_that_liger_has_no_layers_for_is_refused(monkeypatch):
+    pytest.importorskip("liger_kernel.transformers", reason="liger-kernel is not installed")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("stablelm", num_hidden_layers=1))
+    with pytest.raises(ValueError, match=r"learner\.liger: liger-kernel has no layers for model type stablelm"):
+        sharding.use_liger(model)
 
 
 def test_what_needs_a_gpu_is_refused_by_name():

@@ -145,6 +145,8 @@ def test_a_row_that_only_bears_a_task_s_name_costs_its_own_repair():
 class Engine:
     """Answers every prompt with the same tokens, and remembers what it was asked."""
 
+    vocab_size = 300
+
     def __init__(self, token_ids, finish_reason="stop"):
         self.token_ids, self.finish_reason, self.calls = token_ids, finish_reason, []
         self.late, self.timeouts, self.threads = (), [], []
@@ -202,6 +204,14 @@ def test_a_prefix_that_fills_the_teacher_s_context():
         "the prefix fills the teacher's context"
     ]
     assert len(engine.calls) == 1  # nothing fits: nothing is generated
+
+
+def test_a_prefix_beyond_the_teacher_s_vocabulary_costs_itself():
+    """Models of one tokenizer pad their embeddings to different sizes; an engine refuses the whole call."""
+    engine = Engine([66, 0])
+    beyond, fine = model_teacher(engine).complete([request("x", [300]), request("y", [299])])
+    assert errors([beyond]) == ["the prefix holds token id 300, the teacher knows 300"]
+    assert fine == Reply(byte_level().decode([66])) and engine.calls[0][0] == [[5, 6, 7, 299]]
 
 
 def test_draws_depend_on_the_request_and_on_nothing_beside_it():

@@ -416,6 +416,27 @@ def test_a_server_that_hangs_costs_its_own_requests_and_not_the_others():
     assert replies[0] == Reply("so 2") and [error.category for error in replies[1:]] == ["timeout"] * 3
 
 
+def test_a_slow_look_up_of_the_server_s_name_costs_its_own_request(monkeypatch):
+    """A resolver stalls in a thread that nobody can end; the replies that are there do not wait for it."""
+    look_up, asked, go_on = socket.getaddrinfo, [], threading.Event()
+
+    def stalls(host, *arguments, **named):
+        asked.append(host)
+        if len(asked) == 2:
+            go_on.wait(30.0)
+        return look_up(host, *arguments, **named)
+
+    monkeypatch.setattr(socket, "getaddrinfo", stalls)
+    with serving(lambda body, attempt: (200, json.dumps(completion()))) as server:
+        made = teacher(server.url.replace("127.0.0.1", "localhost"), timeout_s=2.0, concurrency=2, retries=0)
+        start = time.monotonic()
+        replies = ask(made, requests_(6), 20.0)
+        assert time.monotonic() - start < 15.0
+        go_on.set()
+    assert [type(reply) for reply in replies].count(Reply) == 5
+    assert counted(made)["teacher/error/timeout"] == 1
+
+
 def test_nobody_there():
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))  # bound and not listening: connections are refused

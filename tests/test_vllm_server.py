@@ -4,6 +4,7 @@ the order of the file, synced, switched in flight, killed and brought back."""
 import http.server
 import json
 import os
+import resource
 import signal
 import socket
 import threading
@@ -65,6 +66,9 @@ class Answers(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         """A server that takes a weight sync, or hangs in one phase of it, and samples one token from what it has."""
         body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or "null")
+        if self.path == "/inference/v1/generate" and body["token_ids"] == self.server.refuses:
+            self.send_error(400, "refused")
+            return
         if self.server.hangs_at and self.path.startswith(self.server.hangs_at):
             self.server.released.wait(30)
             return
@@ -90,7 +94,7 @@ class Answers(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def http_server():
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers)
-    server.released, server.hangs_at, server.version = threading.Event(), None, "default"
+    server.released, server.hangs_at, server.version, server.refuses = threading.Event(), None, "default", None
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     server.url = f"http://127.0.0.1:{server.server_port}"
@@ -177,17 +181,54 @@ def test_close_ends_the_requests_that_wait(http_server, tmp_path):
     with ThreadPoolExecutor(1) as threads:
         sampled = threads.submit(engine.generate, [[5]], 9, Sampling())  # four wait for an answer, five for a thread
         deadline = time.monotonic() + 10.0
-        while len(engine._http._sockets) < 4 and time.monotonic() < deadline:
+        while len(engine._sampling._sockets) < 4 and time.monotonic() < deadline:
             time.sleep(0.01)
         start = time.monotonic()
         engine.close()
-        reasons = "RemoteDisconnected|BrokenPipeError"  # a request that was sent, or about to be
+        # a request that was sent, was about to be, or had no connection yet
+        reasons = "RemoteDisconnected|BrokenPipeError|ConnectionAbortedError"
         with pytest.raises(ServerDiedError, match=f"POST /inference/v1/generate: ({reasons})"):
             sampled.result(timeout=10.0)
     assert time.monotonic() - start < 5.0  # with all threads joined, where the server would hang for 30
-    assert engine._http._sockets == set()
+    assert engine._http._sockets == engine._sampling._sockets == set()
     with pytest.raises(ServerDiedError, match="GET /fine: ConnectionAbortedError: closed on this side"):
         engine._http.get("fine", 5.0)
+
+
+def test_a_request_that_fails_ends_those_that_wait(http_server, tmp_path):
+    """The last of nine is refused; the eight before it, whose answers are asked for first, would hang for 30 s."""
+    model = make()
+    model.save_pretrained(tmp_path)
+    engine = VllmServerEngine(str(tmp_path), EngineOptions(server_url=http_server.url, max_num_seqs=5))
+    engine.update_weights(model, 0)
+    http_server.refuses, http_server.hangs_at = [6], "/inference"
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"(?s)POST /inference/v1/generate: status 400: .*refused"):
+        engine.generate([[5]] * 8 + [[6]], 1, Sampling())
+    assert time.monotonic() - start < 15.0
+    http_server.hangs_at = None
+    assert [rollout.token_ids for (rollout,) in engine.generate([[5]] * 2, 1, Sampling())] == [[7]] * 2  # and goes on
+    engine.close()
+
+
+def test_too_many_open_files_name_the_setting(http_server, tmp_path):
+    model = make()
+    model.save_pretrained(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (512, hard))
+        engine = VllmServerEngine(str(tmp_path), EngineOptions(server_url=http_server.url, max_num_seqs=100))
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (min(200 + vllm_server.OTHER_FILES, hard), hard)
+        engine.update_weights(model, 0)
+        with socket.socket() as lowest_free:
+            limit = lowest_free.fileno()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+        with pytest.raises(OSError, match=r"Too many open files: lower rollout\.max_num_seqs, or raise") as caught:
+            engine._http.get("fine", 5.0)
+        assert not isinstance(caught.value, ServerDiedError)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    engine.close()
 
 
 class Process:
@@ -211,7 +252,7 @@ class Process:
 def dying_once(engine, monkeypatch):
     """The engine's next request fails as one to a dead server does."""
     one, failures = engine._one, [ServerDiedError("refused")]
-    monkeypatch.setattr(engine, "_one", lambda body: one(body) if not failures else raised(failures.pop()))
+    monkeypatch.setattr(engine, "_one", lambda *request: one(*request) if not failures else raised(failures.pop()))
 
 
 def raised(error):
@@ -469,8 +510,8 @@ class Sampled(threading.Thread):
         self.engine, self.requests, self.groups, self.first = engine, requests, [], threading.Event()
         one = engine._one
 
-        def noted(body):
-            rollout = one(body)
+        def noted(*request):
+            rollout = one(*request)
             self.first.set()
             return rollout
 
@@ -557,8 +598,8 @@ def test_a_killed_server_comes_back_once(engine, model, capfd, monkeypatch):
     perturb(model, seed=9)  # the learner is ahead by now: it must not be asked again
     one, alive = engine._one, threading.Semaphore(1)
 
-    def killing(body):
-        rollout = one(body)
+    def killing(*request):
+        rollout = one(*request)
         if alive.acquire(blocking=False):
             os.kill(first, signal.SIGKILL)
         return rollout

@@ -119,6 +119,8 @@ class RolloutEngine(Protocol):
 class LocalEngine(RolloutEngine, Protocol):
     """An engine that computes in this process, where nobody else can stop it."""
 
+    vocab_size: int  # of the model: token ids from here on are refused
+
     def generate(
         self,
         prompts: list[list[int]],

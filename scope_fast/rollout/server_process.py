@@ -7,10 +7,12 @@ the pipe closes and the child kills its group, so that no server and no engine c
 from __future__ import annotations
 
 import contextlib
+import errno
 import http.client
 import json
 import os
 import random
+import resource
 import runpy
 import signal
 import socket
@@ -47,6 +49,7 @@ class Http:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"server_url={url!r}: expected http://HOST:PORT")
         self._connection = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        self.url = url
         self._host, self._port, self._path = parts.hostname, parts.port, parts.path.rstrip("/")
         self._lock = threading.Lock()  # of the two below
         self._sockets: set[socket.socket] = set()
@@ -82,8 +85,9 @@ class Http:
                 self._sockets.discard(held)
 
     def _call(self, method: str, path: str, body: dict[str, Any] | None, timeout_s: float) -> Any:
-        """The answer's JSON, None for an empty one. TimeoutError, RuntimeError for an error status, or ServerDiedError
-        where the connection was refused, broke, or was ended by `close`."""
+        """The answer's JSON, None for an empty one. TimeoutError, RuntimeError for an error status, ServerDiedError
+        where the connection was refused, broke, or was ended by `close`, OSError where this process may open no more.
+        """
         data = None if body is None else json.dumps(body).encode()
         connection = self._connection(self._host, self._port, timeout=timeout_s)
         try:
@@ -96,6 +100,9 @@ class Http:
         except TimeoutError as error:
             raise TimeoutError(f"{method} /{path}: the server gave no answer within {timeout_s:g} s") from error
         except (OSError, http.client.HTTPException) as error:  # refused, broken, or a host that has no address
+            if getattr(error, "errno", None) == errno.EMFILE:
+                why = f"{error.strerror}: lower rollout.max_num_seqs, or raise the limit (ulimit -n)"
+                raise OSError(errno.EMFILE, f"{method} /{path}: {why}") from error
             raise ServerDiedError(f"{method} /{path}: {type(error).__name__}: {error}") from error
         if response.status >= 400:
             raise RuntimeError(f"{method} /{path}: status {response.status}: {answer[:2000].decode(errors='replace')}")
@@ -167,6 +174,14 @@ class ServerProcess:
                 api.get("health", timeout_s=5.0)
                 return
         raise TimeoutError(f"vLLM server: not up within {timeout_s:g} s:\n{self.last_words()}")
+
+
+def allow_open_files(count: int) -> None:
+    """Raises the number of files this process may hold open, often 1024, to `count`, or as far as it may itself."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < count:
+        most = count if hard == resource.RLIM_INFINITY else min(count, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def free_port() -> int:

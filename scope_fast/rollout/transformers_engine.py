@@ -50,7 +50,7 @@ class TransformersEngine:
         self._context = self._options.max_model_len or config.max_position_embeddings
         if self._context > config.max_position_embeddings:
             raise ValueError(f"max_model_len={self._context}: the model allows {config.max_position_embeddings}")
-        self._vocab = config.vocab_size
+        self.vocab_size = config.vocab_size
         self._stop_ids = eos_token_ids(str(model_dir))
         self._seeds = random.Random(self._options.seed)
         self._version: int | None = 0
@@ -71,7 +71,7 @@ class TransformersEngine:
     ) -> list[list[Rollout]]:
         self._check_usable()
         version, deadline = self._version, deadline_of(timeout_s)
-        check_request(prompts, n, seeds, self._context, self._vocab)
+        check_request(prompts, n, seeds, self._context, self.vocab_size)
         if seeds is None:
             seeds = draw_seeds(self._seeds, len(prompts), n)
         requests = [

@@ -119,7 +119,7 @@ class VllmEngine:
             self._llm = vllm.LLM(**_llm_arguments(str(model_dir), options))
         self._finalizer = _own_shutdown(self, self._llm, group_existed)
         self._context = self._llm.model_config.max_model_len
-        self._vocab = self._llm.model_config.get_vocab_size()
+        self.vocab_size = self._llm.model_config.get_vocab_size()
         self._on_cpu = self._llm.llm_engine.vllm_config.device_config.device_type == "cpu"
         self._rank = torch.distributed.get_rank() if group_existed else 0
         self._sync_timeout_s = options.sync_timeout_s
@@ -147,7 +147,7 @@ class VllmEngine:
         if self._asleep:
             raise RuntimeError("the engine sleeps until the next update_weights")
         version = self._version
-        check_request(prompts, n, seeds, self._context, self._vocab)
+        check_request(prompts, n, seeds, self._context, self.vocab_size)
         if seeds is None:
             seeds = draw_seeds(self._seeds, len(prompts), n)
         requests = [prompt for prompt in prompts for _ in range(n)]

@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,11 +40,12 @@ from scope_fast.rollout.base import (
     joined_spans,
     prefill_tokens_on_cpu,
 )
-from scope_fast.rollout.server_process import Http, ServerDiedError, ServerProcess
+from scope_fast.rollout.server_process import Http, ServerDiedError, ServerProcess, allow_open_files
 from scope_fast.rollout.vllm_engine import TOO_OLD
 
 T = TypeVar("T")
 UNKNOWN = "from before the first sync"  # what a shared server's weights are called until this run sends some
+OTHER_FILES = 1024  # what a run may hold open beside its requests to a server
 DEATH_S = 10.0  # a server whose engine died answers with an error first and ends within this time
 
 
@@ -167,6 +168,7 @@ class VllmServerEngine:
         # a restart and a sync exclude each other: both send what `_weights` holds, and a copy half filled is no weights
         self._lock = threading.RLock()
         self._folder = tempfile.TemporaryDirectory(prefix="scope_fast_server_")
+        allow_open_files(self._in_flight + OTHER_FILES)
         self._connect()
 
     @property
@@ -216,7 +218,8 @@ class VllmServerEngine:
         if self._closed:
             return
         self._closed = True
-        self._http.close()  # a server that a failed sync left paused answers no request
+        for http in (self._http, self._sampling):  # a server that a failed sync left paused answers no request
+            http.close()
         if self._sender is not None:
             self._sender.shutdown()
         if self._process is not None:
@@ -243,7 +246,8 @@ class VllmServerEngine:
             log = Path(self._folder.name) / "server.log"
             environment = server_environment(options, self._transfer.backend)
             self._process = ServerProcess(arguments, environment, log, options.start_timeout_s)
-        self._http = Http(options.server_url or self._process.url)
+        url = options.server_url or self._process.url
+        self._http, self._sampling = Http(url), Http(url)  # a request that fails ends the others, and no sync
         self._inner_client = HttpSyncClient(self._http, options.sync_timeout_s)
         self._client = watch.PhasedClient(self._inner_client, self._rank)
         if self._transfer.is_sender:
@@ -296,6 +300,7 @@ class VllmServerEngine:
         self._connect()
         if self._closed:  # meanwhile, by another thread, which saw the old one
             self._http.close()
+            self._sampling.close()
             self._process.stop()
             raise ServerDiedError(f"vLLM server: died in {what}, and the engine was closed while it started again")
         if self._weights.version is not None:
@@ -356,16 +361,30 @@ class VllmServerEngine:
         return WeightTransferTrainerFactory.trainer_init(init, client=self._client, source=source)
 
     def _ask(self, bodies: list[dict[str, Any]]) -> list[Rollout]:
-        """Twice as many in flight as the server decodes at once: it has the next at hand when one ends."""
-        with ThreadPoolExecutor(min(len(bodies), 2 * self._options.max_num_seqs) or 1) as threads:
+        """All requests; the first that fails ends those that wait, for their threads are waited for."""
+        http = self._sampling
+        with ThreadPoolExecutor(min(len(bodies), self._in_flight) or 1) as threads:
+            asked = [threads.submit(self._one, http, body) for body in bodies]
             try:
-                return list(threads.map(self._one, bodies))
+                for one in wait(asked, return_when=FIRST_EXCEPTION).done:
+                    one.result()  # raises what it raised
+                return [one.result() for one in asked]
             except BaseException:
                 threads.shutdown(wait=False, cancel_futures=True)
+                http.close()
+                if http is self._sampling:
+                    self._sampling = Http(http.url)
+                if self._closed:
+                    self._sampling.close()
                 raise
 
-    def _one(self, body: dict[str, Any]) -> Rollout:
-        answer = self._http.post("inference/v1/generate", body, self._options.generate_timeout_s)
+    @property
+    def _in_flight(self) -> int:
+        """Twice as many requests as the server decodes at once: it has the next at hand when one ends."""
+        return 2 * self._options.max_num_seqs
+
+    def _one(self, http: Http, body: dict[str, Any]) -> Rollout:
+        answer = http.post("inference/v1/generate", body, self._options.generate_timeout_s)
         return _rollout(body["token_ids"], answer["choices"][0])
 
     def _body(self, prompt: list[int], sampling: Sampling, seed: int) -> dict[str, Any]:
