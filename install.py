@@ -159,8 +159,8 @@ def install_verl(env: Environment, force: bool) -> None:
     say(f"verl in {env.folder}")
 
 
-def install_package(env: Environment) -> None:
-    """The checkout in place. The extension is built against the installed torch, so without an isolated build."""
+def install_package(env: Environment) -> bool:
+    """The checkout in place; whether its extension was built, against the installed torch, so without isolation."""
     started = time.monotonic()
     for stale in (ROOT / "scope_fast").glob("_native*.so"):
         stale.unlink()  # if the sources no longer compile, the kernels of an older version must not answer for them
@@ -173,6 +173,7 @@ def install_package(env: Environment) -> None:
     else:
         state = "no C++ extension in this version"
     say(f"scope_fast in place, {state}: {time.monotonic() - started:.0f} s")
+    return bool(native)
 
 
 def install_chromium() -> None:
@@ -215,8 +216,8 @@ def main() -> None:
     if stamp.get("needs") != needs or extras != stamp.get("extras"):
         stamp = {"needs": needs, "extras": extras, "engine": install_engine(env, requirements(extras))}
     if stamp.get("built") != built:
-        install_package(env)
-        stamp["built"] = built
+        # without an extension it is tried again: somebody may have installed a compiler by then
+        stamp["built"] = built if install_package(env) else None
         env.write_stamp(stamp)
     say(f"rollout engine: {stamp['engine']}")
 

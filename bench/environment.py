@@ -68,6 +68,6 @@ def environment(device: str) -> dict:
         "device": {"type": device} | device_info(device),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "triton": triton}
         | peers.versions(),
-        "native_extension": native.load(),
+        "native_extension": not native.missing(),
         "platform": platform.platform(),
     }

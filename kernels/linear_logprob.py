@@ -18,6 +18,7 @@ from .softmax import (
     BLOCK,
     LOWEST,
     NUM_WARPS,
+    at_most_zero,
     logit_buffer,
     logit_dtypes,
     memory_bytes,
@@ -143,8 +144,8 @@ def _merge_kernel(
     token = tl.load(target + t, mask=live, other=0)
     log_s = tl.log(s)
     inside = (token >= 0) & (token < size)
-    tl.store(logprob + t, tl.where(inside, z_target - top - log_s, float("nan")), mask=live)
-    tl.store(entropy + t, log_s - u / s, mask=live)
+    tl.store(logprob + t, tl.where(inside, at_most_zero(z_target - top - log_s), float("nan")), mask=live)
+    tl.store(entropy + t, -at_most_zero(u / s - log_s), mask=live)
     tl.store(logsumexp + t, top + log_s, mask=live)
     tl.store(state + t, top, mask=live)
     tl.store(state + num_rows + t, log_s, mask=live)

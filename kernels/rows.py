@@ -84,7 +84,9 @@ def row_terms(logprob, entropy, at, mask, streams, o):
     loss += tl.where(o.kl != 0, weight * o.kl_coef * kl, 0.0)
     g += tl.where(o.kl != 0, weight * o.kl_coef * kl_slope, 0.0)
     entropy_rl = tl.where(is_rl, entropy, 0.0)
-    loss_rl = tl.where(is_rl, loss - weight * o.entropy_coef * entropy_rl, 0.0)
+    # an entropy that nobody asked for may be anything
+    loss -= tl.where(o.entropy_coef != 0, weight * o.entropy_coef * entropy_rl, 0.0)
+    loss_rl = tl.where(is_rl, loss, 0.0)
     h = tl.where(is_rl, -weight * o.entropy_coef, 0.0)
 
     loss_nll, g_nll = nll_terms(tl.where(is_nll, logprob, 0.0), tl.where(is_nll, entropy, 0.0), weight, o.nll_shape)

@@ -62,6 +62,13 @@ def online(top, s, u, z):
 
 
 @triton.jit
+def at_most_zero(x):
+    """A log-probability. A scaled logit may be rounded in one place and not in another (fused multiply-add), so that
+    the largest has one of an ulp above 0. NaN stays."""
+    return tl.where(x > 0, 0.0, x)
+
+
+@triton.jit
 def merged(top, s, u, axis: tl.constexpr):
     """The running statistics of all lanes along an axis as one."""
     total_top = tl.max(top, axis, keep_dims=True)
@@ -83,7 +90,7 @@ def softmax_stats(row, bias, size, scale, BLOCK: tl.constexpr):
         top, s, u = online(top, s, u, load_logits(row, bias, start + column, size, scale))
     row_top, row_s, row_u = merged(top, s, u, 0)
     log_s = tl.log(row_s)
-    return row_top, log_s, log_s - row_u / row_s
+    return row_top, log_s, -at_most_zero(row_u / row_s - log_s)
 
 
 @triton.jit
@@ -94,7 +101,7 @@ def target_logprob(row, bias, target, size, scale, top, log_s):
     z = tl.load(row + at).to(tl.float32)
     if bias is not None:
         z += tl.load(bias + at).to(tl.float32)
-    return tl.where(inside, z * scale - top - log_s, float("nan"))
+    return tl.where(inside, at_most_zero(z * scale - top - log_s), float("nan"))
 
 
 @triton.jit

@@ -46,26 +46,29 @@ import torch
 
 logger = logging.getLogger("scope_fast")
 
-MISSING = (
-    "the compiled extension scope_fast._native is not built (pip install --no-build-isolation -e . builds it, where "
-    "there is a C++ compiler)"
-)
+BUILDS = "pip install --no-build-isolation -e . builds it, where there is a C++ compiler"
 
 
 @functools.cache
-def load() -> bool:
-    """Load the extension if it was built; True when its kernels are registered. Says so, once, when it was not."""
+def missing() -> str:
+    """Loads the extension; why its kernels are not there, "" where they are. Says it, once: slower ones run instead."""
     if importlib.util.find_spec("scope_fast._native") is None:
-        logger.warning("%s: on a CPU the slower plain PyTorch backend runs instead, on a GPU Triton's kernels", MISSING)
-        return False
-    importlib.import_module("scope_fast._native")
-    return True
+        why = f"the compiled extension scope_fast._native is not built ({BUILDS})"
+    else:
+        try:
+            importlib.import_module("scope_fast._native")
+        except ImportError as error:  # built for another torch than the one that is there now, or cut short
+            why = f"the compiled extension scope_fast._native cannot be loaded: {error} ({BUILDS} anew)"
+        else:
+            return ""
+    logger.warning("%s: on a CPU the slower plain PyTorch backend runs instead, on a GPU Triton's kernels", why)
+    return why
 
 
 @functools.cache
 def has(name: str, device_type: str) -> bool:
     """Whether a kernel called `name` is registered for tensors of this device type ("cpu", "cuda")."""
-    if not load():
+    if missing():
         return False
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
     return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"scope_fast_native::{name}", key)

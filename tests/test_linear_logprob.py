@@ -132,6 +132,27 @@ def test_extreme_logits(place, kind, chunk_tokens):
 
 @on_places
 @pytest.mark.parametrize("chunk_tokens", [None, 0])
+@pytest.mark.parametrize("height", [-1000.0, 88.7, 1000.0])
+def test_a_bias_beyond_what_exp_can_take(place, height, chunk_tokens):
+    """A row has no more tokens than itself: what pads it to a tile must add nothing, and no infinity times zero."""
+    case = make_case(T=3, D=4, V=6, bias=True)
+    with torch.no_grad():
+        case.bias.fill_(height)
+    check_against_naive(case, place, place.fine, chunk_tokens=chunk_tokens)
+
+
+@on_places
+@pytest.mark.parametrize("chunk_tokens", [None, 0])
+def test_no_probability_is_above_one(place, chunk_tokens):
+    """A scaled logit is rounded in one place and fused in another: of a sure token the difference must not show."""
+    case = make_case(T=300, D=64, V=50).to(torch.float32, place.device)
+    sure = (case.hidden @ case.weight.T).argmax(1)
+    out = run(case.with_streams(target=sure), place, chunk_tokens=chunk_tokens, temperature=0.01)
+    assert out.logprob.max() <= 0.0 and out.entropy.min() >= 0.0
+
+
+@on_places
+@pytest.mark.parametrize("chunk_tokens", [None, 0])
 def test_excluded_target_has_logprob_minus_infinity(place, chunk_tokens):
     case = make_case(T=4, bias=True)
     with torch.no_grad():
@@ -318,6 +339,7 @@ def test_errors_name_the_argument():
     h, w, t = case.hidden, case.weight, case.streams.target
     for message, call in {
         r"hidden \(13, 7\) and weight \(19, 6\)": lambda: linear_logprob(h, w[:, :6], t),
+        r"weight \(19, 0\): expected \(V, D\) with V and D at least 1": lambda: linear_logprob(h[:, :0], w[:, :0], t),
         r"target \(12,\): expected \(13,\)": lambda: linear_logprob(h, w, t[:12]),
         "target is torch.int32: expected torch.int64": lambda: linear_logprob(h, w, t.int()),
         r"temperature \(12,\): expected \(13,\)": lambda: linear_logprob(h, w, t, temperature=torch.ones(12)),

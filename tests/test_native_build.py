@@ -12,14 +12,14 @@ from scope_fast import native
 from scope_fast.ops import dispatch
 
 NAMES = ("linear_scope_loss", "scope_loss", "linear_logprob", "linear_logprob_backward", "weight_bucket_copy")
-built = pytest.mark.skipif(not native.load(), reason=native.MISSING)
+built = pytest.mark.skipif(bool(native.missing()), reason=native.missing())
 WIDE = re.compile(r"%[yz]mm\d|%k[1-7]\b|\sv[a-z0-9]+ps\s")
 
 
 @pytest.fixture
 def absent(monkeypatch):
     """As if the extension had never been built; caches forgotten before and after."""
-    caches = (native.load, native.has, dispatch.resolve)
+    caches = (native.missing, native.has, dispatch.resolve)
     for cache in caches:
         cache.cache_clear()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -63,6 +63,22 @@ def test_absence_is_said_once(absent, caplog):
     said = [record.getMessage() for record in caplog.records if "_native is not built" in record.getMessage()]
     assert len(said) == 1
     assert "the slower plain PyTorch backend runs instead" in said[0]
+
+
+def test_an_extension_that_cannot_be_loaded_is_as_good_as_none(absent, monkeypatch, caplog):
+    """Built for another torch: "undefined symbol". Said once, with how to build it anew."""
+
+    def broken(name):
+        raise ImportError("_native.so: undefined symbol: brgemm")
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: "there")
+    monkeypatch.setattr(importlib, "import_module", broken)
+    with caplog.at_level("WARNING", logger="scope_fast"):
+        assert [dispatch.resolve("linear_scope_loss", dispatch.AUTO, "cpu") for _ in range(2)] == ["reference"] * 2
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "cannot be loaded: _native.so: undefined symbol: brgemm (pip install" in said
+    with pytest.raises(RuntimeError, match="backend='cpu' is unavailable for cpu tensors: .* undefined symbol: brgemm"):
+        dispatch.resolve("linear_scope_loss", "cpu", "cpu")
 
 
 def test_absence_is_named_when_asked_for(absent):

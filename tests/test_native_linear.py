@@ -15,11 +15,12 @@ from opcases import OPTIONS, Place, all_options, assert_no_worse, gradients, mak
 from test_linear_logprob import check_against_naive as check_logprob
 from test_linear_scope_loss import check_against_naive, run
 from test_scope_loss import check_every_dtype as check_scope_loss
+from torch.profiler import ProfilerActivity, profile
 
 from scope_fast import LossOptions, TokenStreams, linear_logprob, linear_scope_loss, native, scope_loss
 
 KERNELS = ("linear_scope_loss", "linear_logprob", "linear_logprob_backward")
-pytestmark = pytest.mark.skipif(not all(native.has(k, "cpu") for k in KERNELS), reason=native.MISSING)
+pytestmark = pytest.mark.skipif(not all(native.has(k, "cpu") for k in KERNELS), reason=native.missing())
 CPU, REFERENCE = Place("cpu"), Place("reference")
 FLOATS = (torch.float32, torch.bfloat16)
 
@@ -202,6 +203,16 @@ def test_loss_overflows_to_infinity():
     assert loss.isinf() and metrics["loss/nll"].isinf()
 
 
+def test_bfloat16_where_onednn_is_switched_off():
+    """Its products are oneDNN's, which torch asks for at every one of them; ours are float32's then."""
+    case = make_case(T=8, D=6, V=9).to(torch.bfloat16)
+    arguments = (case.hidden, case.weight, case.streams.target)
+    with_it = linear_logprob(*arguments, backend="cpu").logprob
+    with torch.backends.mkldnn.flags(enabled=False):
+        without = linear_logprob(*arguments, backend="cpu").logprob
+    torch.testing.assert_close(with_it, without, rtol=1e-4, atol=1e-5)
+
+
 # --- threads
 
 
@@ -218,6 +229,25 @@ def test_deterministic_for_a_thread_count(threads, dtype, num_threads):
         assert all(torch.equal(a, b) for a, b in zip(results[0], again, strict=True))
 
 
+def test_scratch_does_not_grow_with_the_threads(threads):
+    """Every thread sums dX for itself: a chunk of 1024 tokens would take 128 MiB of 32 threads."""
+    threads(32)
+    case = make_case(T=1024, D=1024, V=4096).to(torch.float32)
+
+    def update():
+        loss, _ = run(case, LossOptions(chunk_tokens=0), CPU)
+        gradients(loss, case)
+
+    def logprobs():
+        out = linear_logprob(case.hidden, case.weight, case.streams.target, backend="cpu")
+        torch.autograd.grad(out.logprob.sum(), (case.hidden, case.weight))
+
+    for call in (update, logprobs):
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            call()
+        assert 32 * 2**20 < max(event.self_cpu_memory_usage for event in profiler.events()) <= 64 * 2**20
+
+
 def test_threads_change_only_the_order_of_sums(threads):
     case = make_case(T=100, D=24, V=900)
     for num_threads in (1, 2, 5):
@@ -228,7 +258,7 @@ def test_threads_change_only_the_order_of_sums(threads):
 def test_one_openmp_runtime():
     """Two would be two thread pools, fighting, and torch.set_num_threads would reach only one of them."""
     code = (  # a process of its own: other tests import packages that bring a copy each
-        "import torch; from scope_fast import native; assert native.load(); "
+        "import torch; from scope_fast import native; assert not native.missing(); "
         "print(*{line.split()[-1] for line in open('/proc/self/maps') if 'libgomp' in line or 'libiomp' in line})"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -5,7 +5,7 @@ import torch
 
 from scope_fast import native, weight_bucket
 
-pytestmark = pytest.mark.skipif(not native.has("weight_bucket_copy", "cpu"), reason=native.MISSING)
+pytestmark = pytest.mark.skipif(not native.has("weight_bucket_copy", "cpu"), reason=native.missing())
 SHARE_ELEMENTS = (256 << 10) // 2  # a thread's least share, in bfloat16
 
 

@@ -233,6 +233,23 @@ def test_the_installer_takes_the_engine_that_fits(installer, monkeypatch, gpu, e
     assert env.asked == asked
 
 
+def test_the_installer_tries_again_what_did_not_compile(installer, monkeypatch, tmp_path):
+    """Somebody installs a compiler and says `make` again."""
+    built, found = [], iter([False, True, True])
+
+    def install_package(env):
+        built.append(next(found))
+        return built[-1]
+
+    monkeypatch.setattr(installer, "install_engine", lambda env, wanted: "none")
+    monkeypatch.setattr(installer, "install_package", install_package)
+    monkeypatch.setattr(installer.Environment, "create", lambda env: env.folder.mkdir(exist_ok=True))
+    monkeypatch.setattr(sys, "argv", ["install.py", "--venv", str(tmp_path / "venv")])
+    for _ in range(3):
+        installer.main()
+    assert built == [False, True]
+
+
 def test_the_installer_asks_for_what_pyproject_names(installer):
     core, with_dev = installer.requirements([]), installer.requirements(["dev"])
     assert "reasoning-gym==0.1.25" in core and not any(name.startswith("torch>") for name in core)

@@ -204,6 +204,17 @@ def test_nan_in_an_active_row_shows(place, name):
 
 
 @on_places
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_an_entropy_that_is_not_asked_for_may_be_anything(place, value):
+    """Say -(p log p).sum() over a row with excluded tokens."""
+    logprob, entropy, s = make_rows(60, dtype=place.fine, device=place.device)
+    clean, _ = scope_loss(logprob, s, entropy=entropy, backend=place.backend)
+    loss, _ = scope_loss(logprob, s, entropy=torch.full_like(entropy, value), backend=place.backend)
+    assert torch.equal(loss, clean)
+    assert torch.equal(*(grads_of(x, logprob)[0] for x in (loss, clean)))
+
+
+@on_places
 @pytest.mark.parametrize("given", [False, True], ids=["", "entropy"])
 def test_its_gradient_is_kept_only_where_there_is_an_entropy(place, given):
     logprob, entropy, s = make_rows(30, dtype=place.fine, device=place.device)

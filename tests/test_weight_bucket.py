@@ -77,6 +77,24 @@ def test_equal_tensors_make_equal_bytes_in_a_dirty_buffer(place):
     assert dirty[fresh.numel() :].eq(255).all()
 
 
+def test_all_gaps_are_cleared_at_once(monkeypatch):
+    """On a GPU each call is a launch, and a hundred tensors are to take one."""
+    clear, cleared = torch._foreach_zero_, []
+
+    def counted(gaps):
+        cleared.append(len(gaps))
+        clear(gaps)
+
+    monkeypatch.setattr(torch, "_foreach_zero_", counted)
+    monkeypatch.setattr(torch.Tensor, "zero_", None)
+    tensors = [torch.ones(33) for _ in range(100)]
+    dirty = torch.full((100 * 2 * ALIGNMENT_BYTES,), 255, dtype=torch.uint8)
+    buffer, _ = weight_bucket.pack(tensors, out=dirty)
+    assert cleared == [100]
+    rows = buffer.view(torch.float32).view(100, -1)
+    assert rows[:, :33].eq(1.0).all() and rows[:, 33:].eq(0.0).all() and rows.shape[1] > 33
+
+
 @on_places
 def test_a_bucket_in_the_middle_of_a_buffer(place):
     """Starts on no vector's boundary, so nothing may be moved 16 bytes at a time; the bytes around it stay."""

@@ -31,6 +31,7 @@ using at::Tensor;
 // Tokens of a chunk where nothing is kept between passes.
 constexpr int64_t kForwardTokens = 512;
 constexpr int64_t kBackwardTokens = 1024;
+constexpr int64_t kPartialBytes = 64 << 20;  // of dX, which every task sums for itself, all of them together
 constexpr int64_t kDepth = 1024;  // depth of one logits matmul: the panel it reads stays in the second-level cache
 
 // Uninitialised memory from torch's allocator, so that its profiler sees it.
@@ -64,6 +65,13 @@ struct Shares {
     });
   }
 };
+
+// Tokens of a chunk, at most `most` and at least a panel, whose dX in all tasks, as many as threads, stays within
+// kPartialBytes.
+inline int64_t tokens_within_partials(int64_t most, int64_t tasks, int64_t dim, int64_t value_bytes) {
+  const int64_t fit = kPartialBytes / (tasks * dim * value_bytes) / kPanel * kPanel;
+  return std::clamp(fit, kPanel, std::max(most, kPanel));
+}
 
 // The rows of hidden a chunk computes, packed as right operands: by column for the logits, by row for dW.
 template <class In, class Op>

@@ -42,9 +42,9 @@ Tensor take(const OptionalTensor& stream, const Tensor& rows) {
 
 // Tokens of a chunk whose logits are kept, of row_bytes each. Adding a chunk of C tokens to dweight moves 8 bytes per 6*C
 // flops, so bfloat16, whose matmuls are twice as fast, wants twice the tokens.
-int64_t kept_tokens(int64_t row_bytes, bool fast) {
+int64_t kept_tokens(int64_t row_bytes, int64_t most, bool fast) {
   const int64_t least = fast ? 256 : 128;
-  return std::max(least, least * (128 << 10) / row_bytes);
+  return std::max(least, std::min(most, least * (128 << 10) / row_bytes));
 }
 
 template <class Acc>
@@ -65,7 +65,9 @@ Metrics run(
   const Head<In, Op> head(x.weight, x.bias);
   const int64_t total = rows.numel();
   const bool kept = needs.any() && chunk_tokens != 0;
-  const int64_t budget = kept ? kept_tokens(head.vocab * (rounded ? 2 : sizeof(Acc)), kPair<Op> == 2) : kBackwardTokens;
+  const int64_t most = tokens_within_partials(kept ? total : kBackwardTokens, head.blocks.tasks, head.dim, sizeof(Acc));
+  const int64_t row_bytes = head.vocab * (rounded ? 2 : sizeof(Acc));
+  const int64_t budget = kept ? kept_tokens(row_bytes, most, kPair<Op> == 2) : most;
   const int64_t size = chunk_size(total, budget, chunk_tokens);
   Gradients<In, Op> gradients(head, round_up(size, kMultiple), needs, out, /*one_chunk=*/size >= total);
   const LogitStore<Acc> store((size + kPanel - 1) / kPanel, head.vocab, kept, rounded);

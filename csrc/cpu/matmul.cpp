@@ -1,5 +1,7 @@
 #include "cpu/matmul.h"
 
+#include <ATen/Context.h>
+
 #include <array>
 #include <exception>
 
@@ -9,6 +11,7 @@ namespace scope_fast {
 // c10::Error; one with AVX512 but no bfloat16 instructions an exception of oneDNN's ("could not generate a kernel"),
 // whose type is not exported either.
 bool has_bfloat16_matmul() {
+  if (!at::globalContext().userEnabledMkldnn()) return false;  // torch asks at every product, so not once for all
   static const bool has = [] {
     const std::array<BFloat16, 2> A{BFloat16(2.0f), BFloat16(3.0f)}, B{BFloat16(5.0f), BFloat16(7.0f)};
     float C = 0.0f;

@@ -1,6 +1,7 @@
 // The two passes over a chunk: softmax statistics of every token, then gradients from two coefficients per token.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -11,14 +12,15 @@ namespace scope_fast {
 
 // What the passes know of each token of a chunk (padded). `top` and `log_sum` apart, because their sum loses digits of a
 // huge max. The gradient in y is p (slope + curve log p), plus `indicator` at the target; slope and curve are already
-// divided by the temperature.
+// divided by the temperature. Tokens of the padding have p = 0 whatever the bias: their slope of 0 times infinity would
+// be NaN in dweight.
 template <class Acc>
 struct TokenValues {
   std::vector<Acc> inverse_temperature, top, log_sum, slope, curve, indicator;
   std::vector<double> logprob, entropy;
 
   explicit TokenValues(int64_t padded)
-      : inverse_temperature(padded, 1), top(padded, 0), log_sum(padded, 0), slope(padded, 0), curve(padded, 0),
+      : inverse_temperature(padded, 1), top(padded, std::numeric_limits<Acc>::max()), log_sum(padded, 0), slope(padded, 0), curve(padded, 0),
         indicator(padded, 0), logprob(padded, std::numeric_limits<double>::quiet_NaN()), entropy(padded, 0) {}
 
   // g, h, k: the gradients of the token's logprob, entropy and logsumexp
@@ -71,8 +73,9 @@ void stats_pass(
     const double log_sum = std::log(sum[c]);
     values.top[c] = top[c];
     values.log_sum[c] = static_cast<Acc>(log_sum);
-    values.logprob[c] = (target_logit[c] - top[c]) - log_sum;
-    values.entropy[c] = log_sum - weighted[c] / sum[c];
+    // a scaled logit may be rounded in one place and not in another: never a probability above 1. NaN stays
+    values.logprob[c] = std::min((target_logit[c] - top[c]) - log_sum, 0.0);
+    values.entropy[c] = std::max(log_sum - weighted[c] / sum[c], 0.0);
   }
 }
 

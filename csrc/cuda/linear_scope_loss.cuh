@@ -205,8 +205,10 @@ linear_scope_loss_kernel(const __grid_constant__ LogitRows x, int cluster) {
     }
     all = over_lanes(all, kMaxCluster);
     if (lane == 0) {
-      const float log_s = logf(all.s), entropy = log_s - all.u / all.s;
-      const float logprob = inputs.z_target * scale - all.top - log_s;
+      const float log_s = logf(all.s);
+      // a scaled logit may be rounded in one place and not in another: never a probability above 1. NaN stays
+      const float raw = inputs.z_target * scale - all.top - log_s, logprob = raw > 0 ? 0.f : raw;
+      const float raw_entropy = log_s - all.u / all.s, entropy = raw_entropy < 0 ? 0.f : raw_entropy;
       const Present has{x.old_logprob != nullptr, x.advantage != nullptr, x.rollout_logprob != nullptr};
       const RowTerms<float> terms = row_terms<float>(logprob, entropy, inputs.streams, has, x.options);
       if (rank == 0) {

@@ -19,8 +19,8 @@ def check_linear(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor 
     """hidden (T, D), weight (V, D), bias (V) or None: one supported dtype, one device."""
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"hidden {shape(hidden)} and weight {shape(weight)}: expected (T, D) and (V, D)")
-    if weight.shape[0] < 1:
-        raise ValueError(f"weight {shape(weight)}: expected at least one vocabulary row")
+    if weight.shape[0] < 1 or weight.shape[1] < 1:
+        raise ValueError(f"weight {shape(weight)}: expected (V, D) with V and D at least 1")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias {shape(bias)} and weight {shape(weight)}: expected (V,) and (V, D)")
     if hidden.dtype == torch.float16:

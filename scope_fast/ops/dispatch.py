@@ -90,7 +90,7 @@ def missing_for(stem: str, backend: str, device_type: str) -> str:
         return f"it takes {backend} tensors"
     names = _NATIVE[stem][backend]
     if not all(native.has(name, device_type) for name in names):
-        return native.MISSING if not native.load() else f"scope_fast._native was built without {backend} kernels"
+        return native.missing() or f"scope_fast._native was built without {backend} kernels"
     return _missing_around_rows() if (stem, backend) == ("linear_scope_loss", "cuda") else ""
 
 

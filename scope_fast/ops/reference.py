@@ -97,7 +97,9 @@ def row_terms(logprob: torch.Tensor, entropy: torch.Tensor, rows: Rows, o: RowOp
     if o.kl:
         kl, kl_slope = kl_terms(logp, where_rl(rows.ref_logprob), int(o.kl))
         loss, g = loss + w * o.kl_coef * kl, g + w * o.kl_coef * kl_slope
-    loss_rl = torch.where(rl, loss - w * o.entropy_coef * h_rl, zero)
+    if o.entropy_coef:  # an entropy that nobody asked for may be anything
+        loss = loss - w * o.entropy_coef * h_rl
+    loss_rl = torch.where(rl, loss, zero)
     h = torch.where(rl, -w * o.entropy_coef, zero)
 
     loss_nll, g_nll = nll_terms(torch.where(nll, logprob, zero), torch.where(nll, entropy, zero), w, int(o.nll_shape))

@@ -99,9 +99,10 @@ def weight_bucket_pack_op(tensors: list[Tensor], buffer: Tensor, dtype: torch.dt
     views = unpack(buffer, table)
     starts = [entry.offset_bytes for entry in table[1:]] + [size_bytes]
     with dispatch.body(buffer):
-        for entry, start in zip(table, starts, strict=True):
-            if (end := entry.offset_bytes + entry.size_bytes) < start:
-                buffer[end:start].zero_()
+        ends = [entry.offset_bytes + entry.size_bytes for entry in table]
+        gaps = [buffer[end:start] for end, start in zip(ends, starts, strict=True) if end < start]
+        if gaps:
+            torch._foreach_zero_(gaps)  # all of them in one launch
         if backend == "triton":
             from scope_fast.kernels.weight_bucket import copy
 

@@ -1,6 +1,7 @@
 // Stands in for csrc/cuda/launch.cuh where g++ compiles the CUDA kernels: the same device code on a CPU. Each thread of a
 // cluster's blocks is a fiber; one that reaches a shuffle or a barrier waits until its warp, block or cluster is there, as
-// on a GPU. An asynchronous copy is made when it is waited for, not when it is asked for.
+// on a GPU. An asynchronous copy is made when it is waited for, not when it is asked for. A block runs far ahead of the
+// next where no barrier holds it, and takes its shared memory along when it ends.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -65,6 +66,7 @@ struct Cluster {
     while (barrier.generation == generation) swapcontext(&fibers[current].context, &scheduler);
   }
   void wait(Barrier& barrier, int count) { wait_beyond(barrier, arrive(barrier, count)); }
+  void spoil(int block) { std::memset(memories[block].data(), 0xff, memories[block].size() * sizeof(float4)); }  // NaN
 
   void run(const std::function<void()>& kernel);
 };
@@ -73,7 +75,7 @@ inline Cluster* cluster_now = nullptr;
 inline void Cluster::run(const std::function<void()>& kernel) {
   body = kernel;
   cluster_now = this;
-  for (auto& memory : memories) std::memset(memory.data(), 0xff, memory.size() * sizeof(float4));  // NaN: never written
+  for (size_t block = 0; block < memories.size(); ++block) spoil(block);
   for (Fiber& fiber : fibers) {
     fiber.done = false;
     fiber.groups.assign(1, {});
@@ -87,15 +89,19 @@ inline void Cluster::run(const std::function<void()>& kernel) {
     };
     makecontext(&fiber.context, start, 0);
   }
+  constexpr unsigned kTurns = 128;  // of a block's threads before the next block's
+  std::vector<int> left(memories.size(), num_threads);
   for (bool busy = true; busy;) {
     busy = false;
-    for (unsigned i = 0; i < fibers.size(); ++i) {
-      if (fibers[i].done) continue;
+    for (unsigned turn = 0; turn < kTurns * fibers.size(); ++turn) {
+      const unsigned block = turn / (kTurns * num_threads), thread = turn % num_threads;
+      current = block * num_threads + thread;
+      if (fibers[current].done) continue;
       busy = true;
-      current = i;
-      threadIdx = {i % num_threads, 0, 0};
-      blockIdx = {first_block + i / num_threads, 0, 0};
-      swapcontext(&scheduler, &fibers[i].context);
+      threadIdx = {thread, 0, 0};
+      blockIdx = {first_block + block, 0, 0};
+      swapcontext(&scheduler, &fibers[current].context);
+      if (fibers[current].done && --left[block] == 0) spoil(block);
     }
   }
 }
