@@ -16,7 +16,7 @@ from scope_fast.metrics import RolloutLog, import_wandb
 from scope_fast.ops import dispatch
 from scope_fast.prm.load import make_scorer
 from scope_fast.progress import console, progress_bars
-from scope_fast.rollout import make_engine
+from scope_fast.rollout import make_engine, vllm_engine
 from scope_fast.rollout.base import EngineOptions
 from scope_fast.teacher import ModelTeacher, SolverTeacher, Teacher, check_shared_tokenizer
 from scope_fast.teacher_endpoint import EndpointTeacher
@@ -61,10 +61,17 @@ def build(config: Config, stack: ExitStack) -> Trainer:
     stack.enter_context(verifier)
     teacher = None if folders["teacher"] else make_teacher(config, None, tokenizer, stack)
     student = load_student(config, folders["student"])
+    check_sampled_by(config.rollout.engine, student)
     engine = stack.enter_context(
         closing(make_engine(config.rollout.engine, str(folders["student"]), engine_options(config)))
     )
+    if engine.changes_transformers:
+        raise ValueError(
+            f"rollout.engine: vLLM serves {type(student).__name__} by transformers' own classes, which it changes in "
+            "the whole process, the learner's too; take vllm_server"
+        )
     learner = make_learner(config, student)
+    learner.check()
     return Trainer(
         config,
         tokenizer,
@@ -76,6 +83,17 @@ def build(config: Config, stack: ExitStack) -> Trainer:
         learner,
         stack.enter_context(RolloutLog(config.run_dir)),
     )
+
+
+def check_sampled_by(engine: str, student) -> None:
+    """ValueError for a mixture of experts and vLLM: what its experts are sent changes nothing, or something else."""
+    if engine == "transformers" or (engine == "auto" and not vllm_engine.is_installed()):
+        return
+    if any(parameter.dim() == 3 for parameter in student.base_model.parameters()):
+        raise ValueError(
+            f"rollout.engine: the experts of {type(student).__name__} do not reach vLLM by the weight sync; take "
+            "transformers"
+        )
 
 
 def make_learner(config: Config, student) -> Learner:

@@ -13,6 +13,7 @@ ever pickled, so loading a checkpoint runs no code from it.
 from __future__ import annotations
 
 import base64
+import copy
 import hashlib
 import json
 import random
@@ -168,6 +169,8 @@ def export(run_dir: Path | str, model: Any, tokenizer: Any, generation_config: A
     """Writes `run_dir`/export for `from_pretrained`, in the place of an older one. Returns its path. Collective.
 
     generation_config: None takes the model's own. WriteFailed where it cannot be written; nothing is left of it then.
+    A generation configuration that transformers reads and would not write (a temperature without do_sample) gets the
+    do_sample that it means.
     """
     from safetensors import SafetensorError
 
@@ -179,14 +182,26 @@ def export(run_dir: Path | str, model: Any, tokenizer: Any, generation_config: A
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             try:
+                generation = _writable(generation_config or model.generation_config)
+                model.generation_config = generation  # save_pretrained writes it too
                 model.save_pretrained(temporary, state_dict=weights)
                 tokenizer.save_pretrained(temporary)
-                (generation_config or model.generation_config).save_pretrained(temporary)
+                generation.save_pretrained(temporary)
                 _replace(temporary, target)
-            except (OSError, SafetensorError) as error:  # a full disk reaches us as the latter from safetensors
+            except SafetensorError as error:  # a full disk
+                raise OSError(str(error)) from error
+            finally:
                 shutil.rmtree(temporary, ignore_errors=True)
-                raise error if isinstance(error, OSError) else OSError(str(error)) from error
     return target
+
+
+def _writable(generation: Any) -> Any:
+    try:
+        generation.validate(strict=True)
+    except ValueError:
+        generation = copy.deepcopy(generation)
+        generation.do_sample = True
+    return generation
 
 
 def _full_weights(model: Any) -> dict[str, torch.Tensor] | None:

@@ -90,6 +90,7 @@ class Request:
     tasks: tuple[str, ...]
     prm: str | None
     json: Path | None
+    least_samples: int = 0  # what a --k that was asked for needs, whatever a benchmark's own number is
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -238,7 +239,7 @@ def _checked(request: Request) -> Request:
             raise ValueError(f"--task {task}: known here: {', '.join(known)}{more}")
     if request.tasks and request.suite is None and request.config.data.path is not None:
         raise ValueError("--task names embedded tasks or benchmarks of a suite, and data.path is neither")
-    return replace(request, ks=ks)
+    return replace(request, ks=ks, least_samples=request.ks[-1] if request.ks else 0)
 
 
 class Evaluator:
@@ -355,7 +356,7 @@ def suite_jobs(request: Request, tokenizer) -> list[Job]:
     for name, benchmark in request.suite.benchmarks.items():
         if not request.tasks or name in request.tasks:
             config = request.config.model_copy(update={"data": benchmark.data})
-            samples = request.samples or benchmark.samples or request.ks[-1]
+            samples = request.samples or max(benchmark.samples or request.ks[-1], request.least_samples)
             job = dataset_job(request, tokenizer, config, name, benchmark.score, samples)
             jobs.append(replace(job, group=benchmark.group))
     return jobs

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 import math
+import random
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
@@ -47,6 +48,7 @@ from scope_fast.losses import linear_scope_loss
 from scope_fast.ops.linear_logprob import linear_logprob
 
 T = TypeVar("T")
+WORST_ROUNDING = {torch.bfloat16: 0.5}  # of a token's log-probability, computed in two ways; float32's: 1e-2
 
 RESCALED_LOGITS = {  # configuration fields of models that change the head's output, and the value that changes nothing
     "final_logit_softcapping": None,  # Gemma 2, 3
@@ -80,10 +82,19 @@ def check_model(model: nn.Module) -> None:
 
 def hidden_rows(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
     """Last hidden states (T, D) of the rows of a micro-batch; attention stays inside each packed sequence."""
-    output = model.base_model(
-        input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], attention_mask=None, use_cache=False
-    )
-    return output.last_hidden_state[0].index_select(0, batch.rows)
+    return model.base_model(**_inputs(batch)).last_hidden_state[0].index_select(0, batch.rows)
+
+
+def own_logprobs(model: nn.Module, batch: MicroBatch, temperature: float) -> torch.Tensor:
+    """Log-probabilities (T,) of a micro-batch's targets by the model's own logits, all of them at once."""
+    logits = model(**_inputs(batch)).logits[0].index_select(0, batch.rows)
+    logprobs = torch.log_softmax(logits.double() / temperature, -1)
+    return logprobs.gather(1, batch.streams.target[:, None])[:, 0]
+
+
+def _inputs(batch: MicroBatch) -> dict[str, object]:
+    row, positions = batch.input_ids[None], batch.position_ids[None]
+    return {"input_ids": row, "position_ids": positions, "attention_mask": None, "use_cache": False}
 
 
 class Objective(nn.Module):
@@ -96,10 +107,13 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.options, self.backend, self.autocast = model, options, backend, autocast
 
-    def forward(self, batch: MicroBatch, score_only: bool = False):
-        """(loss, metrics) of a micro-batch; score_only: the log-probabilities (T,) of its targets, without gradient."""
+    def forward(self, batch: MicroBatch, score_only: bool = False, own_logits: bool = False):
+        """(loss, metrics) of a micro-batch; score_only: the log-probabilities (T,) of its targets, without gradient;
+        own_logits: those by the model's own."""
         head, options = self.model.get_output_embeddings(), self.options
         with self.autocast():
+            if own_logits:
+                return own_logprobs(self.model, batch, options.temperature)
             hidden = hidden_rows(self.model, batch)
             if score_only:
                 return linear_logprob(
@@ -144,6 +158,7 @@ class Learner:
         self.peak_tflops = config.peak_tflops or peak_tflops(torch.device(device_type), compute_dtype)
         frozen = copy.deepcopy(model).requires_grad_(False) if options.kl_coef else None
         sharding.checkpoint_activations(model, config.activation_checkpointing)
+        self.compute_dtype = compute_dtype
         self.objective = Objective(model, options, backend, autocast)
         self.reference = None if frozen is None else Objective(frozen, options, backend, autocast)
         for objective in (self.objective, self.reference):
@@ -160,6 +175,39 @@ class Learner:
         self.steps = 0  # the schedule goes by these; those without an active row or a finite gradient count too
         self.skipped_in_a_row = 0  # optimiser steps without a finite loss and gradient
         self.halvings = 0  # of the token budget, after an out-of-memory error: at most one
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Asks the model for the log-probabilities of a few random tokens, packed in three ways and by its own head.
+
+        Raises ValueError for one whose packed sequences see each other, or whose head is more than hidden @ weight.T:
+        what no configuration says of it. Collective.
+        """
+        draw = random.Random(0)
+        vocab = self.model.config.get_text_config().vocab_size
+        first, other, last = ([draw.randrange(vocab) for _ in range(12)] for _ in range(3))
+
+        def logprobs(*sequences: list[int], own_logits: bool = False) -> torch.Tensor:
+            """Of the last sequence's tokens but its first four."""
+            trained = [TrainSequence(ids[:4], ids[4:], [Segment.NLL] * 8, *[[1.0] * 8] * 3) for ids in sequences]
+            (batch,) = pack(trained, 12 * len(sequences), self.options, 1, 1)
+            return self.objective(batch.to(self.device), score_only=not own_logits, own_logits=own_logits)[-8:].double()
+
+        alone = logprobs(last)
+        name, most = type(self.model).__name__, WORST_ROUNDING.get(self.compute_dtype, 1e-2)
+        gap = max((logprobs(before, last) - alone).abs().max().item() for before in (first, other))
+        if not gap < most:
+            how = self.model.config._attn_implementation
+            raise ValueError(
+                f"{name}: beside another sequence in a packed row a token's log-probability is off by {gap:.2g}, with "
+                f"learner.attention {how}"
+            )
+        gap = (logprobs(last, own_logits=True) - alone).abs().max().item()
+        if not gap < most:
+            raise ValueError(
+                f"{name}: log-probabilities by the fused head are off by {gap:.2g} from those of its own logits, which "
+                "are more than hidden @ weight.T"
+            )
 
     @property
     def token_budget(self) -> int:

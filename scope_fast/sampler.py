@@ -15,6 +15,7 @@ says which, and its own log-probabilities are those of the weights that drew eac
 from __future__ import annotations
 
 import hashlib
+import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -92,9 +93,13 @@ class Sampler:
         )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
-        """The cursor and what was sampled ahead, which is waited for."""
+        """The cursor and what was sampled ahead, which is waited for. Where that failed, nothing: the step that is done
+        is saved without, and a run that goes on samples it again."""
         if self._ahead is None:
             return {"cursor": self._data.cursor, "ahead": None}
+        if (error := self._ahead.outputs.exception()) is not None:
+            print(f"saved without the rollouts sampled ahead, which failed: {error}", file=sys.stderr, flush=True)
+            return {"cursor": self._ahead.cursor, "ahead": None}
         outputs = self._ahead.outputs.result()
         ahead = {
             "world_size": distributed.world_size(),

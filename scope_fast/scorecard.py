@@ -153,8 +153,9 @@ def average(name: str, results: Sequence[Result]) -> Result:
     shared = [key for key in results[0].estimates if all(key in result.estimates for result in results)]
     drawn = {key: np.mean([result.drawn[key] for result in results], axis=0) for key in shared}
     support = {key: sum(result.support[key] for result in results) for key in shared}
+    fewest = {key: min(result.support[key] for result in results) for key in shared}  # one problem has no interval
     estimates = {
-        key: estimate(fmean(result.estimates[key].value for result in results), drawn[key], support[key])
+        key: estimate(fmean(result.estimates[key].value for result in results), drawn[key], fewest[key])
         for key in shared
     }
     counts = Counter[str]()

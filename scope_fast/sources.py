@@ -138,11 +138,25 @@ def _row(raw: Any, where: str, number: int, columns: tuple[str, str], data: Data
         raise ValueError(f"data.path: {where}: {columns[0]!r} is neither text nor a list of chat messages")
     if data.choices_column or data.distractor_columns:
         prompt, answer = _multiple_choice(raw, where, number, (prompt, answer), data)
-    own = raw["metadata"] if isinstance(raw.get("metadata"), dict) else {}
+    own = _metadata(raw.get("metadata"))
     # a row that reasoning-gym wrote names its generator there
     task = str(raw.get("task") or raw.get("data_source") or own.get("source_dataset") or task)
     entry = {**raw, "answer": _text(answer, where, columns[1]), "metadata": {**own, "source_dataset": task}}
     return {"task": task, "prompt": prompt, "entry": entry}
+
+
+def _metadata(value: Any) -> dict[str, Any]:
+    """The row's metadata as a table: of tables of several shapes parquet and hub data sets hold the JSON. Anything else
+    stays there as "value"."""
+    if isinstance(value, str):
+        try:
+            parsed = json.loads(value)
+        except json.JSONDecodeError:
+            parsed = None
+        value = parsed if isinstance(parsed, dict) else value
+    if isinstance(value, dict):
+        return value
+    return {} if _empty(value) else {"value": value}
 
 
 def _hint(raw: Any, column: str, columns: tuple[str, str]) -> str:

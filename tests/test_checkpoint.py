@@ -312,6 +312,24 @@ def test_export_loads_bitwise_equal(tmp_path, tied, dtype):
     assert AutoTokenizer.from_pretrained(path).eos_token == "w1"
 
 
+def test_a_generation_config_that_transformers_would_not_write_is_exported(tmp_path):
+    """Vicuna's: it reads a temperature without do_sample with a warning."""
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "generation_config.json").write_text('{"temperature": 0.9, "top_p": 0.6}')
+    model = tiny_model()
+    model.generation_config = GenerationConfig.from_pretrained(tmp_path / "base")
+    written = GenerationConfig.from_pretrained(checkpoint.export(tmp_path, model, word_tokenizer()))
+    assert (written.temperature, written.top_p, written.do_sample) == (0.9, 0.6, True)
+
+
+def test_nothing_is_left_of_an_export_that_fails(tmp_path, monkeypatch):
+    model = tiny_model()
+    monkeypatch.setattr(model, "save_pretrained", None)
+    with pytest.raises(TypeError):
+        checkpoint.export(tmp_path, model, word_tokenizer())
+    assert list(tmp_path.iterdir()) == []
+
+
 SHARDED = """
 import sys, torch, torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict

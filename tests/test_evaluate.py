@@ -520,3 +520,5 @@ def test_the_command_line_has_the_last_word_over_a_suite(model, scripted, tmp_pa
     _, samples, sampling, _ = engine.calls[0]
     assert (samples, sampling.max_tokens, sampling.top_p, sampling.temperature) == (2, 50, 0.5, 0.5)
     assert [n for n in values(result, "a") if "@" in n] == ["avg@n", "pass@1"]  # k of 4 and 8 need more samples
+    _, result = run(model, "--suite", suite, "--k", "1,3", tmp_path=tmp_path)  # one that was asked for gets them
+    assert engine.calls[1][1] == 3 and "pass@3" in values(result, "a")

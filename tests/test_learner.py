@@ -443,10 +443,46 @@ def test_a_model_that_takes_no_positions_is_refused():
         check_packing(model)
 
 
-@pytest.mark.parametrize("model_type", ["qwen2", "llama", "mistral", "gemma3_text", "gpt_oss", "olmo3"])
+@pytest.mark.parametrize("model_type", ["qwen2", "llama", "mistral", "gemma3_text", "olmo3"])
 def test_models_of_attention_alone_are_not(model_type):
     with torch.device("meta"):
         check_packing(AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **SIZES)))
+
+
+def scaled(model):
+    """Weights of a size at which tokens matter to each other."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.normal_(float("norm" in name), 0.2, generator=torch.Generator().manual_seed(p.numel()))
+    return model
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("model_type", ["qwen2", "gemma3_text", "olmoe"])
+def test_models_that_a_packed_row_suits_pass_the_check(model_type, compute):
+    config = AutoConfig.for_model(model_type, **SIZES, pad_token_id=0, num_experts=4, num_experts_per_tok=2)
+    model = scaled(AutoModelForCausalLM.from_config(config, attn_implementation=attention.implementation(compute)))
+    Learner(model, Settings(), LossOptions(temperature=0.7), 1, compute_dtype=compute).check()
+
+
+def test_a_model_whose_packed_sequences_see_each_other_is_refused():
+    """gpt_oss makes its masks without position_ids, and takes no other attention on a CPU."""
+    config = AutoConfig.for_model("gpt_oss", **SIZES, head_dim=16, num_local_experts=4, pad_token_id=0)
+    learner = Learner(scaled(AutoModelForCausalLM.from_config(config, attn_implementation="eager")), Settings(),
+                      LossOptions(), 1)  # fmt: skip
+    with pytest.raises(ValueError, match=r"GptOssForCausalLM: beside another sequence .* learner\.attention eager"):
+        learner.check()
+
+
+def test_a_model_whose_head_is_more_than_its_last_layer_is_refused():
+    """ModernBERT's decoder has a dense layer, an activation and a norm before it."""
+    config = AutoConfig.for_model("modernbert-decoder", **SIZES, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+                                  cls_token_id=1, sep_token_id=2)  # fmt: skip
+    how = attention.implementation(torch.float32)
+    learner = Learner(scaled(AutoModelForCausalLM.from_config(config, attn_implementation=how)), Settings(),
+                      LossOptions(), 1)  # fmt: skip
+    with pytest.raises(ValueError, match=r"ModernBertDecoderForCausalLM: .* which are more than hidden @ weight\.T"):
+        learner.check()
 
 
 def test_a_head_that_is_no_plain_linear_is_refused():

@@ -77,7 +77,7 @@ def test_an_extension_that_cannot_be_loaded_is_as_good_as_none(absent, monkeypat
         assert [dispatch.resolve("linear_scope_loss", dispatch.AUTO, "cpu") for _ in range(2)] == ["reference"] * 2
     (said,) = [record.getMessage() for record in caplog.records]
     assert "cannot be loaded: _native.so: undefined symbol: brgemm (pip install" in said
-    with pytest.raises(RuntimeError, match="backend='cpu' is unavailable for cpu tensors: .* undefined symbol: brgemm"):
+    with pytest.raises(RuntimeError, match=r"backend='cpu' is unavailable for cpu tensors: .* undefined symbol"):
         dispatch.resolve("linear_scope_loss", "cpu", "cpu")
 
 

@@ -72,12 +72,12 @@ class Gate:
         answers = dict(zip(order, self.ask([bodies[i] for i in order]), strict=True))
         return [answers[i] for i in range(len(bodies))]
 
-    def gated_one(self, body):
+    def gated_one(self, *request):
         self.left -= 1
         if self.left >= 0:
-            return self.one(body)
+            return self.one(*request)
         assert self.opened.wait(120)
-        rollout = self.one(body)
+        rollout = self.one(*request)
         self.whole.set()
         return rollout
 
@@ -149,6 +149,29 @@ def test_what_a_resumed_run_draws_again_is_not_counted_again(tmp_path):
     sampler.load_state_dict({"cursor": 0, "ahead": {"world_size": 1, "rollouts": [[]] * 5}})
     assert data.cursor > 5  # rows were passed over
     assert not any(data.take_counts().values())
+
+
+def test_a_failure_of_what_is_sampled_ahead_costs_no_finished_step(tmp_path, capsys):
+    """The server dies for good while step 0 is learned from: its checkpoint is saved, and step 1 drawn again."""
+
+    class Engine:
+        fails = False
+
+        def generate(self, prompts, n, sampling, seeds):
+            if self.fails:
+                raise RuntimeError("no restart is left")
+            self.fails = True
+            return [[Rollout(prompt, [5], [-1.0], "stop", 0)] * n for prompt in prompts]
+
+    config = parse(tmp_path / "run")
+    tokenizer = AutoTokenizer.from_pretrained(PRESETS.parent / "assets" / "student")
+    data = PromptSource(config, tokenizer)
+    sampler = Sampler(config, tokenizer, data, Engine())
+    assert len(sampler.take(0)) == 6
+    assert sampler.state_dict() == {"cursor": 6, "ahead": None} and data.cursor == 12
+    assert "saved without the rollouts sampled ahead, which failed: no restart is left" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="no restart is left"):
+        sampler.take(1)
 
 
 def steps_of(folder):

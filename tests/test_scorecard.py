@@ -132,6 +132,12 @@ def test_the_average_weighs_benchmarks_alike_and_keeps_what_all_have():
     assert both.counts == {"data/duplicates": 3, "verifier/timeouts": 0, "verifier/crashes": 0}
 
 
+def test_benchmarks_of_one_problem_each_say_nothing_of_others():
+    right, wrong = (score_benchmark(name, [samples(mark)], (1,)) for name, mark in (("right", "+"), ("wrong", "-")))
+    both = average("both", [right, wrong]).estimates["avg@n"]
+    assert (both.value, both.low, both.high) == (0.5, None, None)
+
+
 def test_the_average_s_interval_is_that_of_independent_benchmarks():
     """Two benchmarks of 400 problems at 50 %: the variance of their mean is half of one's."""
     groups = [samples("+"), samples("-")] * 200

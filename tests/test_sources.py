@@ -87,6 +87,17 @@ def test_a_row_of_reasoning_gym_keeps_its_generator_as_the_task(tmp_path):
     assert [row["entry"]["metadata"]["source_dataset"] for row in read_] == ["chain_sum", "mine", "theirs", "jsonl"]
 
 
+def test_metadata_that_is_json_text_is_read_and_other_text_is_kept(tmp_path):
+    """As parquet and the hub hold tables of several shapes."""
+    row, table = {"question": "1 + 1?", "answer": "2"}, {"source_dataset": "chain_sum", "expression": "1 + 1"}
+    texts = [json.dumps(table), "[1]", "easy", None, ""]
+    read_ = read(jsonl(tmp_path / "a.jsonl", [{**row, "metadata": text} for text in texts]))
+    rest = {"source_dataset": "jsonl"}
+    kept = [table, {"value": "[1]", **rest}, {"value": "easy", **rest}, rest, rest]
+    assert [row["entry"]["metadata"] for row in read_] == kept
+    assert read_[0]["task"] == "chain_sum"
+
+
 @pytest.mark.parametrize("blank", [" ", math.nan])
 def test_a_blank_answer_is_none(blank, tmp_path):
     with pytest.raises(ValueError, match=r"data\.path: .*:1 has no 'answer'"):

@@ -10,10 +10,11 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from scope_fast import build, checkpoint, train
 from scope_fast.build import engine_options
-from scope_fast.config_files import load, to_yaml
+from scope_fast.config_files import PRESETS, load, to_yaml
 from scope_fast.resume import MAY_CHANGE, QUIET_CHANGES, claim
 from scope_fast.rollout.base import EngineOptions
 
@@ -290,6 +291,33 @@ def test_an_unknown_model_ends_with_a_message(tmp_path, capsys):
     nowhere = str(tmp_path / "nowhere")
     assert train.main(["--model.path", nowhere, "--out", str(tmp_path / "run")]) == 2
     assert f"error: model.path: {nowhere} cannot be loaded: there is no such folder" in capsys.readouterr().out
+
+
+def student_of(model_type, folder):
+    """A folder of that architecture, with the shipped student's tokenizer."""
+    config = AutoConfig.for_model(
+        model_type, vocab_size=512, hidden_size=128, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, num_experts=2, num_experts_per_tok=1, eos_token_id=0,
+        pad_token_id=1, bos_token_id=None,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(PRESETS.parent / "assets" / "student").save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("model_type", "message"),
+    [
+        ("olmoe", "the experts of OlmoeForCausalLM do not reach vLLM by the weight sync; take transformers"),
+        ("smollm3", "vLLM serves SmolLM3ForCausalLM by transformers' own classes, which it changes in the whole"),
+    ],
+)
+def test_a_student_that_vllm_cannot_sample_beside_the_learner_is_refused(model_type, message, tmp_path):
+    """In a process of its own: vLLM has changed the class by then."""
+    result = run(
+        "--model.path", str(student_of(model_type, tmp_path / "model")), "--out", str(tmp_path / "run"), *SMALL
+    )
+    assert result.returncode == 2 and f"error: rollout.engine: {message}" in " ".join(result.stdout.split())
 
 
 def test_a_library_s_error_comes_with_the_way_to_it(tmp_path, capsys, monkeypatch):

@@ -90,6 +90,8 @@ class WeightSource(Protocol):
 class RolloutEngine(Protocol):
     """A sampler with weights that can be replaced. One caller at a time, but for `update_weights` of a vLLM server."""
 
+    changes_transformers: bool  # the classes of transformers' models, in this process: others' models no longer work
+
     @property
     def version(self) -> int:
         """Version of the weights in use: 0 until the first update. RuntimeError after an update that failed."""

@@ -41,6 +41,8 @@ class _Request:
 class TransformersEngine:
     """`RolloutEngine` on a Hugging Face causal language model, on the GPU where there is one."""
 
+    changes_transformers = False
+
     def __init__(self, model_dir: str, options: EngineOptions | None = None) -> None:
         self._options = options or EngineOptions()
         dtype = getattr(torch, self._options.dtype)

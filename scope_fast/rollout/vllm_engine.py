@@ -118,8 +118,12 @@ class VllmEngine:
             group_existed = torch.distributed.is_initialized()
             self._llm = vllm.LLM(**_llm_arguments(str(model_dir), options))
         self._finalizer = _own_shutdown(self, self._llm, group_existed)
-        self._context = self._llm.model_config.max_model_len
-        self.vocab_size = self._llm.model_config.get_vocab_size()
+        model_config = self._llm.model_config
+        self._context = model_config.max_model_len
+        self.vocab_size = model_config.get_vocab_size()
+        served, _ = model_config.registry.resolve_model_cls(model_config.architectures, model_config)
+        # its fallback, for what it has no model of its own for: it wraps __call__ and __init__ of transformers' classes
+        self.changes_transformers = served.__module__.startswith("vllm.model_executor.models.transformers")
         self._on_cpu = self._llm.llm_engine.vllm_config.device_config.device_type == "cpu"
         self._rank = torch.distributed.get_rank() if group_existed else 0
         self._sync_timeout_s = options.sync_timeout_s

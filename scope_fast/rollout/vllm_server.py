@@ -140,6 +140,8 @@ class VllmServerEngine:
     `Rollout.weight_versions` says which tokens are whose.
     """
 
+    changes_transformers = False
+
     def __init__(self, model_dir: str, options: EngineOptions | None = None, transfer: Any = None) -> None:
         from transformers import AutoConfig
 
