@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 
 import torch
@@ -24,11 +25,15 @@ from scope_fast.trainer import Trainer
 from scope_fast.verifier import Verifier
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+ROLES = ("student", "prm", "teacher")
 MODELLESS = (("prm", "exact"), ("teacher", "solver"), ("teacher", "endpoint"))  # roles and their kinds
 
 
-def build(config: Config, stack: ExitStack) -> Trainer:
-    """All parts of a run, the made ones cached; `stack` closes them. Collective."""
+def build(config: Config, stack: ExitStack, between: Callable[[], None] = lambda: None) -> Trainer:
+    """All parts of a run, the made ones cached; `stack` closes them. Collective.
+
+    between: called at every optimiser step of a model that is made; may raise.
+    """
     ranks = distributed.world_size()
     if config.rollout.prompts_per_step < ranks:
         raise ValueError(
@@ -50,8 +55,13 @@ def build(config: Config, stack: ExitStack) -> Trainer:
     disable_progress_bar()  # of transformers' loading: ours is enough
     folders = None
     if distributed.is_main():  # the others find what rank 0 made
-        with progress_bars(console) as progress:
-            folders = {role: role_folder(config, role, progress) for role in ("student", "prm", "teacher")}
+        with progress_bars(console) as bars:
+
+            def progress(*at: object) -> None:
+                between()
+                bars(*at)
+
+            folders = {role: role_folder(config, role, progress) for role in ROLES}
     folders = distributed.agree(folders)
     torch.manual_seed(config.seed + distributed.rank())
     # what can be wrong with data, verifier and teacher shows before a model is loaded and an engine is up
@@ -117,13 +127,22 @@ def make_learner(config: Config, student) -> Learner:
 def role_folder(config: Config, role: str, progress) -> str | None:
     """The model folder of a role: the configured path, a warm-started one, or None where the role has no model, or the
     method does not ask it."""
+    path = _role_path(config, role)
+    if path == "tiny":
+        return str(warm_start.ensure(config, role, progress))
+    return str(convert_gguf.ensure(config.cache)) if path == convert_gguf.NAME else path
+
+
+def to_be_made(config: Config) -> list[str]:
+    """A line for each model that a run would make first."""
+    tiny = [role for role in ROLES if _role_path(config, role) == "tiny"]
+    return [warm_start.making(config, role) for role in tiny if not warm_start.find(config, role).is_dir()]
+
+
+def _role_path(config: Config, role: str) -> str | None:
     section = {"student": config.model, "prm": config.prm, "teacher": config.teacher}[role]
     asked = {"student": True, "prm": config.scores_steps, "teacher": config.repairs}[role]
-    if not asked or (role, getattr(section, "kind", None)) in MODELLESS:
-        return None
-    if section.path == "tiny":
-        return str(warm_start.ensure(config, role, progress))
-    return str(convert_gguf.ensure(config.cache)) if section.path == convert_gguf.NAME else section.path
+    return None if not asked or (role, getattr(section, "kind", None)) in MODELLESS else section.path
 
 
 def load_tokenizer(folder: str):
@@ -195,5 +214,5 @@ def make_teacher(config: Config, folder: str | None, tokenizer, stack: ExitStack
         kv_cache_bytes=int(config.rollout.kv_cache_gib * 2**30),
         gpu_memory_utilization=settings.gpu_memory_utilization,
     )
-    engine = stack.enter_context(closing(make_engine(settings.engine, folder, options)))
+    engine = stack.enter_context(closing(make_engine(settings.engine, folder, options, role="teacher")))
     return ModelTeacher(engine, tokenizer, settings, config.rollout.context, config.seed)

@@ -153,5 +153,7 @@ def _explain(error: ValidationError) -> str:
             names = [name.strip(" '") for name in problem["ctx"]["expected"].replace(" or ", ",").split(",")]
             close = difflib.get_close_matches(str(problem["input"]), names, 1, 0.5)
             near = f"; did you mean {close[0]}?" if close else ""
+        if problem["type"] == "list_type" and isinstance(problem["input"], str):
+            near = f"; write '[{problem['input']}]'"
         parts.append(f"{where}: {message}{given}{near}" if where else message)
     return "; ".join(parts)

@@ -232,6 +232,9 @@ def _check_workable(config: Config, tasks: list[str], where: str) -> None:
     """Refuses what could only fail row after row: the solver and the exact checker know the embedded tasks alone."""
     task = next((task for task in tasks if task not in TASKS), None)
     if task and config.repairs and config.teacher.kind == "solver":
-        raise ValueError(f"teacher.kind: the solver cannot work task {task!r} of {where}; use teacher.kind: model")
+        raise ValueError(
+            f"teacher.kind: the solver cannot work task {task!r} of {where}; use teacher.kind: model or endpoint, or a "
+            "method that asks no teacher (grpo, prm_reward)"
+        )
     if task and config.scores_steps and config.prm.kind == "exact":
         raise ValueError(f"prm.kind: task {task!r} of {where} has no exact checker; use prm.kind: token_classifier")

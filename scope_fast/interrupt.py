@@ -2,6 +2,7 @@
 
 A preempted job, or a person at a terminal, so loses nothing: the step is finished, a checkpoint is written and the run
 exits with 0. The decision is taken between steps by all ranks together, since the signal may reach only one of them.
+Before the first step, while rank 0 makes a model, there is nothing to finish: `stop_if_told` raises Stopped there.
 """
 
 from __future__ import annotations
@@ -15,6 +16,10 @@ from scope_fast import distributed
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SAME_S = 2.0  # under torchrun: signals so close together are one, which came on two ways
+
+
+class Stopped(Exception):
+    """The run was told to stop before its first step."""
 
 
 class Interrupt:
@@ -54,6 +59,11 @@ class Interrupt:
         elif time.monotonic() - self._when >= SAME_S:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+
+    def stop_if_told(self) -> None:
+        """Stopped where this rank was told to stop."""
+        if self._received is not None:
+            raise Stopped(f"{self._received.name}: stopped before the first step; the same command starts over")
 
     def requested(self) -> bool:
         """Whether any rank was told to stop; the same answer on all of them. Collective."""

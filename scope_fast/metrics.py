@@ -43,7 +43,9 @@ METRICS: dict[str, Metric] = {
     "scope/repaired": Metric("count", "Chosen rollouts the teacher gave a suffix for"),
     "scope/accepted": Metric("count", "Repaired rollouts that passed verification"),
     "scope/rejected": Metric("count", "Repaired rollouts that did not"),
-    "scope/near_miss_rate": Metric("share", "Failed rollouts of which only the last step is wrong"),
+    "scope/near_miss_rate": Metric(
+        "share", "Failed rollouts of which the judge finds only the last step wrong, or none"
+    ),
     "scope/prefix_ratio": Metric("share", "Tokens before the first error over all tokens of a failed rollout"),
     "scope/first_error": Metric("steps", "Steps before the first error of a failed rollout"),
     "scope/empty": Metric("count", "Rollouts with an empty completion"),

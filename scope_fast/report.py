@@ -141,15 +141,15 @@ def tiles(rows: list[dict[str, float]]) -> list[dict[str, str]]:
         share = f"{counts['accepted'] / counts['selected']:.0%}"
         note = f"{share}; {counts['rejected']:,} rejected, {counts['errors']:,} teacher errors"
         result.append(_tile("Repairs accepted", f"{counts['accepted']:,} of {counts['selected']:,}", note))
-    for name, label, form in (
-        ("scope/near_miss_rate", "Near misses among failures", "{:.1%}"),
-        ("diversity/distinct_4", "Distinct-4", "{:.3f}"),
-        ("sampling/entropy", "Sampling entropy", "{:.3f}"),
+    for name, label, form, whose in (
+        ("scope/near_miss_rate", "Near misses among failures", "{:.1%}", ", to the reward model"),
+        ("diversity/distinct_4", "Distinct-4", "{:.3f}", ""),
+        ("sampling/entropy", "Sampling entropy", "{:.3f}", ""),
     ):
         if values := [row[name] for row in rows if name in row]:
             tenth = max(1, len(values) // 10)
             first, last = fmean(values[:tenth]), fmean(values[-tenth:])
-            result.append(_tile(label, f"{form.format(first)} → {form.format(last)}", "first → last tenth of the run"))
+            result.append(_tile(label, f"{form.format(first)} → {form.format(last)}", f"first → last tenth{whose}"))
     if gaps := [row["sampling/logprob_gap"] for row in rows if "sampling/logprob_gap" in row]:
         result.append(_tile("Largest engine–learner gap", f"{max(gaps):.1e}", "nats"))  # noqa: RUF001
     return result

@@ -51,6 +51,22 @@ def _claim_folder(config: Config, resume: str, start: Path | None) -> None:
     folder = config.run_dir
     with writing("the run directory", folder):
         folder.mkdir(parents=True, exist_ok=True)
+    old = check_claim(config, resume)
+    if old is not None:
+        _check_progress(config, start)
+        if finished(config, start):  # its configuration stays what it ran with
+            return
+        if changed := _differences(old, config.model_dump(), QUIET_CHANGES):
+            console.print(f"{folder} goes on with other values of {', '.join(changed)}", markup=False)
+    stored, text = folder / "config.yaml", to_yaml(config)
+    if not stored.exists() or stored.read_text(encoding="utf-8") != text:
+        write_whole(stored, text, "the configuration")
+
+
+def check_claim(config: Config, resume: str) -> dict | None:
+    """The configuration of the run that the directory holds, None where it holds none; writes nothing. ValueError for a
+    run that this configuration cannot go on with."""
+    folder = config.run_dir
     stored = folder / "config.yaml"
     if stored.exists() and (folder / "metrics.jsonl").exists():
         if resume == "never":
@@ -62,16 +78,11 @@ def _claim_folder(config: Config, resume: str, start: Path | None) -> None:
             if "steps" in different:
                 why = ", and under learner.schedule every update depends on steps"
             raise ValueError(
-                f"out: {folder} holds a run of another configuration ({names} differ{why}); choose another directory"
+                f"out: {folder} holds a run of another configuration (other values of {names}{why}); choose another "
+                "directory: --out DIR"
             )
-        _check_progress(config, start)
-        if finished(config, start):  # its configuration stays what it ran with
-            return
-        if changed := _differences(old, new, QUIET_CHANGES):
-            console.print(f"{folder} goes on with other values of {', '.join(changed)}", markup=False)
-    text = to_yaml(config)
-    if not stored.exists() or stored.read_text(encoding="utf-8") != text:
-        write_whole(stored, text, "the configuration")
+        return old
+    return None
 
 
 def _check_progress(config: Config, start: Path | None) -> None:

@@ -61,7 +61,7 @@ def open_rows(data: Data) -> tuple[str, str, Numbered]:
     if path.suffix in (".jsonl", *BUILDERS) and not path.is_file():
         raise FileNotFoundError(f"data.path: there is no file {path}")
     if path.suffix == ".jsonl":
-        return path.stem, "jsonl", _json_lines(path)
+        return path.stem, path.stem, _json_lines(path)
     table, name = _load(data, path), path.stem if path.is_file() else path.name
     return name, name, ((i, f"{path}[{i}]", raw) for i, raw in enumerate(table))
 

@@ -23,15 +23,15 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from transformers.utils.logging import disable_progress_bar
 
 from scope_fast import checkpoint, distributed, health, plan, replay
-from scope_fast.build import build, load_student, make_learner, role_folder
+from scope_fast.build import build, load_student, make_learner, role_folder, to_be_made
 from scope_fast.config import Config
 from scope_fast.config_files import load, overrides, to_yaml
 from scope_fast.files import WriteFailed, sync, writing
-from scope_fast.interrupt import Interrupt
+from scope_fast.interrupt import Interrupt, Stopped
 from scope_fast.metrics import MetricsWriter
 from scope_fast.progress import console, progress_bars
 from scope_fast.report import write_report
-from scope_fast.resume import claim, finished, forget_last
+from scope_fast.resume import check_claim, claim, finished, forget_last
 from scope_fast.tasks import check_name
 from scope_fast.trainer import Trainer
 
@@ -58,16 +58,19 @@ def run(config: Config, resume: str, dry_run: bool, source: replay.Source | None
             return show_replay(config, source)
         if dry_run:
             console.print(to_yaml(config), markup=False, end="")
-            console.print(plan.describe(config), markup=False)
+            console.print("\n".join([plan.describe(config), *to_be_made(config)]), markup=False)
+            check_claim(config, resume)
             return 0
         start = claim(config, resume)
         if finished(config, start):
             console.print(f"{config.run_dir} has finished its {config.steps} steps: nothing to do", markup=False)
             return 0
         with Interrupt() as interrupt, ExitStack() as stack:
-            trainer = build(config, stack)
+            trainer = build(config, stack, interrupt.stop_if_told)
             begun = True
             train(trainer, start, stack, interrupt)
+    except Stopped as stopped:
+        console.print(str(stopped), markup=False)
     except (WriteFailed, health.Unhealthy) as error:
         say(error)
         if isinstance(error, WriteFailed):

@@ -6,6 +6,7 @@ torchrun every rank runs it on its share of the step's prompts; the learner and 
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from statistics import fmean
@@ -18,6 +19,7 @@ from scope_fast.checkpoint import capture_rng, restore_rng
 from scope_fast.config import Config
 from scope_fast.data import PromptSource
 from scope_fast.diversity import diversity_values
+from scope_fast.health import Unhealthy
 from scope_fast.learner import Learner
 from scope_fast.metrics import RolloutLog, Timer, fold, to_json
 from scope_fast.prm.scorers import StepScorer
@@ -53,6 +55,7 @@ class Trainer:
         self.sampler, self.token_texts = Sampler(config, tokenizer, data, engine), TokenTexts(tokenizer)
         synchronize = torch.cuda.synchronize if learner.device.type == "cuda" else None
         self.timer, self.counts = Timer(synchronize), Counter[str]()
+        self._told: set[str | None] = set()  # why there was no verdict
 
     def step(self) -> dict[str, float]:
         """One iteration (design: the loop fits a screen)."""
@@ -91,6 +94,9 @@ class Trainer:
     def _count_verdict(self, verdict) -> None:
         self.counts["verifier/timeouts"] += verdict.status == "timeout"
         self.counts["verifier/crashes"] += verdict.status == "crash"
+        if verdict.status != "ok" and verdict.reason not in self._told:  # all are counted; each reason is said once
+            self._told.add(verdict.reason)
+            print(f"verifier: no verdict on a response: {verdict.reason}", file=sys.stderr, flush=True)
 
     def localize(self, groups: list[Group], scores: str) -> None:
         """Step probabilities and first errors, where the method (or prm.monitor) asks for them."""
@@ -205,7 +211,9 @@ class Trainer:
         verdicts = [verdict for part in distributed.gather(verdicts) for verdict in part]
         rewards = [reward for reward, _ in verdicts if reward is not None]
         if not rewards:
-            raise RuntimeError(f"no verdict on any of {len(verdicts)} held-out responses; the first: {verdicts[0][1]}")
+            raise Unhealthy(
+                f"verifier.score: no verdict on any of {len(verdicts)} held-out responses; the first: {verdicts[0][1]}"
+            )
         return fmean(reward > 0 for reward in rewards), len(verdicts) - len(rewards)
 
     def metrics(self, groups: list[Group], chosen: Group, learned: dict[str, float]) -> dict[str, float]:

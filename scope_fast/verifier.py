@@ -20,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
 from multiprocessing.connection import Connection, Pipe, wait
@@ -233,7 +234,8 @@ def _score_one(function: Callable, response: str, entry: dict[str, Any]) -> tupl
     try:
         result = function(response, entry)
     except Exception as error:  # noqa: BLE001 - foreign code: whatever it raises is the verdict on this item
-        return None, "crash", None, f"{type(error).__name__}: {error}"
+        *_, last = traceback.extract_tb(error.__traceback__)
+        return None, "crash", None, f"{type(error).__name__}: {error} ({os.path.basename(last.filename)}:{last.lineno})"
     if not isinstance(result, tuple) or len(result) != 2:
         return None, "crash", None, f"the scorer returned {result!r}, expected (reward, answer)"
     reward, answer = result

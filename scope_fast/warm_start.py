@@ -47,13 +47,28 @@ Progress = Callable[[str, int, int], None]  # (what, done, total)
 
 def ensure(config: cfg.Config, role: str, progress: Progress) -> Path:
     """The Hugging Face folder of `role` ("student", "teacher" or "prm"): shipped, cached, or made now."""
+    folder = find(config, role)
+    if not folder.is_dir():
+        print(making(config, role), flush=True)
+        make(config, role, folder, progress)
+    return folder
+
+
+def find(config: cfg.Config, role: str) -> Path:
+    """Where the model of `role` is, or will be made: a model for each of the settings that go into it."""
     key = _key(config, role)
     if (ASSETS / role).is_dir() and (ASSETS / role / "key").read_text().strip() == key:
         return ASSETS / role
-    folder = Path(config.cache).expanduser() / f"{role}-{key}"
-    if not folder.is_dir():
-        make(config, role, folder, progress)
-    return folder
+    return Path(config.cache).expanduser() / f"{role}-{key}"
+
+
+def making(config: cfg.Config, role: str) -> str:
+    """What it takes to make a model, in words."""
+    steps = getattr(config.warm_start, f"{role}_steps")
+    return (
+        f"{role}: none is there yet for tasks {', '.join(_tasks(config))} and this warm_start; it is made first, by "
+        f"{steps} optimiser steps, which may take minutes, and kept in {find(config, role)}"
+    )
 
 
 def make(config: cfg.Config, role: str, folder: Path, progress: Progress) -> None:

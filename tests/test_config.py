@@ -52,7 +52,7 @@ def test_unknown_keys_name_the_nearest(key, message):
         ("prm.tau", ".nan", "prm.tau: Input should be a finite number"),
         ("learner.lr", ".inf", "learner.lr: Input should be a finite number"),
         ("data.tasks", "[]", "data.tasks: List should have at least 1 item"),
-        ("data.tasks", "chain_sum", "data.tasks: Input should be a valid list, got 'chain_sum'"),
+        ("data.tasks", "chain_sum", "data.tasks: Input should be a valid list, got 'chain_sum'; write '[chain_sum]'"),
         ("loss", "3", "loss: expected a section, got 3"),
         ("steps.more", "3", "--steps.more: steps is a value, not a section"),
         ("loss.clip_low", "2", "loss.clip_low=2.0: expected a value in [0, 1]"),
@@ -107,6 +107,11 @@ def test_files_and_overrides_layer(tmp_path):
     assert config.prm.kind == "exact"
     assert config.loss.clip_low == Loss().clip_low == 0.2  # neither says: the default
     assert load(file).steps == 7
+
+
+def test_a_list_is_told_how_to_be_written():
+    assert load(None, [("data.tasks", "[chain_sum]")]).data.tasks == ["chain_sum"]
+    assert "got 'chain_sum'; write '[chain_sum]'" in refusal(("data.tasks", "chain_sum"))
 
 
 def test_a_home_directory_is_written_as_in_a_shell(monkeypatch):

@@ -81,10 +81,10 @@ def test_rows_as_they_come(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
     rows = table(path)
-    assert rows.tasks == ["chain_sum", "jsonl"]
+    assert rows.tasks == ["chain_sum", "rows"]
     first, second = rows.row(0), rows.heldout(9)[0]
-    assert (first["id"], first["task"], first["prompt"]) == ("rows/1", "jsonl", "one\u2028line")
-    assert first["entry"]["answer"] == "0" and first["entry"]["metadata"] == {"source_dataset": "jsonl"}
+    assert (first["id"], first["task"], first["prompt"]) == ("rows/1", "rows", "one\u2028line")
+    assert first["entry"]["answer"] == "0" and first["entry"]["metadata"] == {"source_dataset": "rows"}
     assert (second["id"], second["task"]) == ("rows/2", "chain_sum")
     assert second["entry"]["metadata"] == {"expression": "1 + 1", "source_dataset": "chain_sum"}
     assert second["entry"]["more"] == 3
@@ -234,10 +234,10 @@ def test_a_template_s_own_special_tokens_are_not_doubled():
     [
         (
             {"method": "scope"},
-            "teacher.kind: the solver cannot work task 'jsonl' of data.path; use teacher.kind: model",
+            "teacher.kind: the solver cannot work task 'rows' of data.path; use teacher.kind: model",
         ),
-        ({"method": "sft"}, "teacher.kind: the solver cannot work task 'jsonl'"),
-        ({"method": "grpo", "prm.kind": "exact"}, "prm.kind: task 'jsonl' of data.path has no exact checker"),
+        ({"method": "sft"}, "teacher.kind: the solver cannot work task 'rows'"),
+        ({"method": "grpo", "prm.kind": "exact"}, "prm.kind: task 'rows' of data.path has no exact checker"),
         ({"method": "prm_reward", "prm.kind": "exact", "prm.monitor": "false"}, "has no exact checker"),
         ({"method": "grpo", "prm.kind": "exact", "prm.monitor": "false"}, None),
         ({"method": "scope", "teacher.kind": "model"}, None),

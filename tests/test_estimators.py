@@ -114,7 +114,8 @@ def test_a_ratio_is_of_sums_and_a_resample_without_weight_is_left_out():
     drawn = draws([0.5, 0.0], [2, 0], seed=0, resamples=4000)
     assert set(drawn[~np.isnan(drawn)].tolist()) == {0.5}
     assert np.isnan(drawn).mean() == pytest.approx(0.25, abs=0.03)
-    assert estimate(0.5, drawn, 2) == Estimate(0.5, 0.5, 0.5)
+    assert estimate(0.5, drawn, 2) == Estimate(0.5, None, None)  # what never varied has no interval
+    assert estimate(0.5, np.append(drawn, [0.4, 0.6] * 1000), 2) == Estimate(0.5, 0.4, 0.6)
 
 
 def test_draws_follow_their_seed_and_large_inputs_go_in_blocks(monkeypatch):

@@ -31,6 +31,19 @@ def test_a_signal_finishes_the_step_and_saves_it(number, unbroken_run, tmp_path)
     assert result(out) == unbroken_run[:2]
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_making_of_a_model(number, tmp_path):
+    """Minutes before the first step; nothing of it stays."""
+    out, log, cache = tmp_path / "run", tmp_path / "log", tmp_path / "cache"
+    process = start(command(out, cache=cache, warm_start__seed=1), log)
+    assert wait_for(lambda: cache.exists() and any(cache.glob(".student-*")), process)
+    assert "student: none is there yet for tasks chain_sum, leg_counting" in log.read_text()
+    process.send_signal(number)
+    assert process.wait(timeout=30) == 0, log.read_text()
+    assert f"{number.name}: stopped before the first step" in log.read_text()
+    assert list(cache.iterdir()) == []
+
+
 def test_a_second_signal_stops_at_once(tmp_path):
     out, log = tmp_path / "run", tmp_path / "log"
     process = start(command(out, rollout__prompts_per_step=256, checkpoint__every=0), log)  # a step of many seconds

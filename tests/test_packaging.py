@@ -103,8 +103,11 @@ def test_from_a_checkout(copy):
 def test_editable(copy, tmp_path):
     wheel = build("build_editable", copy, tmp_path / "wheel")
     site = install(wheel, tmp_path / "site")
-    found = probe(tmp_path, preamble=EDITABLE.format(site=str(site)))
-    assert_complete(found, copy / "scope_fast")
+    beside = tmp_path / "project"  # where a script lies next to its clone, which has the package's name
+    beside.mkdir()
+    (beside / "scope_fast").symlink_to(copy)
+    for cwd in (tmp_path, beside):
+        assert_complete(probe(cwd, preamble=EDITABLE.format(site=str(site))), copy / "scope_fast")
 
 
 def test_wheel(copy, tmp_path):

@@ -72,7 +72,7 @@ def test_totals_and_tiles():
     assert tiles == {
         "Held-out pass rate": ("25.0% → 37.5%", "+12.5 points"),
         "Repairs accepted": ("2 of 3", "67%; 0 rejected, 1 teacher errors"),
-        "Near misses among failures": ("50.0% → 50.0%", "first → last tenth of the run"),
+        "Near misses among failures": ("50.0% → 50.0%", "first → last tenth, to the reward model"),
         "Largest engine–learner gap": ("3.1e-06", "nats"),  # noqa: RUF001
     }
     assert report.tiles([]) == []

@@ -172,7 +172,7 @@ def test_a_cell_of_the_table(name, estimate, text):
 
 @pytest.mark.parametrize(("width", "tables_made"), [(80, 2), (160, 1), (20, 4)])
 def test_tables_fit_the_screen_and_show_counts_that_are_not_zero(width, tables_made):
-    results = [score_benchmark(f"bench{i}", [samples(*"+t")] * 2, (1,)) for i in range(4)]
+    results = [score_benchmark(f"bench{i}", [samples(*"+t"), samples(*"-t")], (1,)) for i in range(4)]
     made = tables(results, width)
     assert len(made) == tables_made
     console = Console(width=max(width, 60), record=True, file=io.StringIO())
@@ -180,5 +180,5 @@ def test_tables_fit_the_screen_and_show_counts_that_are_not_zero(width, tables_m
         console.print(table)
     text = console.export_text()
     assert all(f"bench{i}" in text for i in range(4)) and "2 problems x 2" in text
-    assert "…" not in text and "100.0 % [100.0, 100.0]" in text
+    assert "…" not in text and "50.0 % [0.0, 100.0]" in text
     assert "verifier/timeouts" in text and "verifier/crashes" not in text

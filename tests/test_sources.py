@@ -75,16 +75,16 @@ def test_verls_columns(kind, tmp_path):
 def test_columns_are_found_by_convention(kind, raw, prompt, answer, tmp_path):
     (row,) = read(WRITERS[kind](tmp_path / f"a.{kind}", [raw]))
     assert (row["prompt"], row["entry"]["answer"]) == (prompt, answer)
-    assert row["task"] == {"jsonl": "jsonl", "parquet": "a"}[kind]
+    assert row["task"] == "a"
 
 
 def test_a_row_of_reasoning_gym_keeps_its_generator_as_the_task(tmp_path):
     native = {"question": "1 + 1?", "answer": "2", "metadata": {"source_dataset": "chain_sum", "expression": "1 + 1"}}
     rows = [native, {**native, "task": "mine"}, {**native, "data_source": "theirs"}, {**native, "metadata": {"a": 1}}]
     read_ = read(jsonl(tmp_path / "a.jsonl", rows))
-    assert [row["task"] for row in read_] == ["chain_sum", "mine", "theirs", "jsonl"]
+    assert [row["task"] for row in read_] == ["chain_sum", "mine", "theirs", "a"]
     assert read_[0]["entry"]["metadata"] == native["metadata"]
-    assert [row["entry"]["metadata"]["source_dataset"] for row in read_] == ["chain_sum", "mine", "theirs", "jsonl"]
+    assert [row["entry"]["metadata"]["source_dataset"] for row in read_] == ["chain_sum", "mine", "theirs", "a"]
 
 
 def test_metadata_that_is_json_text_is_read_and_other_text_is_kept(tmp_path):
@@ -92,7 +92,7 @@ def test_metadata_that_is_json_text_is_read_and_other_text_is_kept(tmp_path):
     row, table = {"question": "1 + 1?", "answer": "2"}, {"source_dataset": "chain_sum", "expression": "1 + 1"}
     texts = [json.dumps(table), "[1]", "easy", None, ""]
     read_ = read(jsonl(tmp_path / "a.jsonl", [{**row, "metadata": text} for text in texts]))
-    rest = {"source_dataset": "jsonl"}
+    rest = {"source_dataset": "a"}
     kept = [table, {"value": "[1]", **rest}, {"value": "easy", **rest}, rest, rest]
     assert [row["entry"]["metadata"] for row in read_] == kept
     assert read_[0]["task"] == "chain_sum"

@@ -269,13 +269,15 @@ def test_a_directory_of_another_configuration_is_refused(tmp_path, capsys):
     claim(parse(["--out", str(tmp_path)])[0], "auto")
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')  # before that nothing is lost by changing one's mind
     other = parse(["--out", str(tmp_path), "--learner.lr", "0.5"])[0]
-    with pytest.raises(ValueError, match=r"holds a run of another configuration \(learner.lr differ\)"):
+    with pytest.raises(ValueError, match=r"holds a run of another configuration \(other values of learner.lr\)"):
         claim(other, "auto")
+    assert train.main(["--dry-run", "--out", str(tmp_path), "--learner.lr", "0.5"]) == 2
+    assert "error: out:" in capsys.readouterr().out
     capsys.readouterr()
     claim(parse(["--out", str(tmp_path), "--learner.token_budget", "64", "--checkpoint.every", "3"])[0], "auto")
     assert f"{tmp_path} goes on with other values of learner.token_budget\n" in capsys.readouterr().out
     longer = parse(["--out", str(tmp_path), "--steps", "7"])[0]
-    with pytest.raises(ValueError, match=r"steps differ"):  # under a cosine a longer run is another run
+    with pytest.raises(ValueError, match=r"other values of steps"):  # under a cosine a longer run is another run
         claim(longer, "auto")
     with pytest.raises(ValueError, match="already holds a run"):
         claim(parse(["--out", str(tmp_path)])[0], "never")
@@ -321,7 +323,7 @@ def test_a_student_that_vllm_cannot_sample_beside_the_learner_is_refused(model_t
 
 
 def test_a_library_s_error_comes_with_the_way_to_it(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train, "build", lambda config, stack: json.loads("{"))
+    monkeypatch.setattr(train, "build", lambda *arguments: json.loads("{"))
     assert train.main(["--out", str(tmp_path)]) == 2
     printed = capsys.readouterr()
     assert "error: Expecting property name" in printed.out and "in raw_decode" in printed.err
@@ -393,4 +395,8 @@ def test_a_run_on_a_generator_that_is_not_embedded(tmp_path):
 def test_dry_run_prints_the_resolved_configuration_and_the_plan(tmp_path):
     result = run("--dry-run", "--steps", "7", "--out", str(tmp_path / "none"))
     assert result.returncode == 0 and "steps: 7" in result.stdout and "plan: 7 steps of scope" in result.stdout
-    assert not (tmp_path / "none").exists()
+    assert not (tmp_path / "none").exists() and "none is there yet" not in result.stdout
+    result = run("--dry-run", "--data.tasks", "[chain_sum]", "--cache", str(tmp_path), "--out", str(tmp_path / "none"))
+    assert [line.split(" for tasks chain_sum")[0] for line in result.stdout.splitlines()[-2:]] == [
+        f"{role}: none is there yet" for role in ("student", "prm")
+    ]

@@ -98,8 +98,8 @@ def test_workers_stay_and_share_the_items(scorers, tmp_path):
     [
         ("exit", "the worker died: exit code 3"),
         ("segfault", "the worker died: Segmentation fault"),
-        ("raise", "KeyError: 'gold'"),
-        ("memory", "MemoryError: too big"),
+        ("raise", "KeyError: 'gold' (SCORERS.py:LINE)"),
+        ("memory", "MemoryError: too big (SCORERS.py:LINE)"),
         ("nan", "reward nan is not a finite number"),
         ("text", "reward '1.0' is not a finite number"),
         ("bare", "the scorer returned 1.0, expected (reward, answer)"),
@@ -108,6 +108,8 @@ def test_workers_stay_and_share_the_items(scorers, tmp_path):
 def test_a_crash_is_that_items_alone(scorers, response, reason):
     with Verifier(f"{scorers}:act", num_workers=1) as verifier:
         verdicts = verifier.score(items("a", response, "b", "c", "d", "e"))
+        line = next((i for i, text in enumerate(SCORERS.splitlines(), 1) if f'== "{response}"' in text), 0) + 1
+        reason = reason.replace("SCORERS", scorers).replace("LINE", str(line))
         assert verdicts[1] == Verdict(None, "crash", None, reason)
         assert [v for i, v in enumerate(verdicts) if i != 1] == [Verdict(1.0, "ok", r) for r in "abcde"]
 

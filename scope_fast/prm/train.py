@@ -168,7 +168,9 @@ def accuracy(model: nn.Module, examples: list[Example], token_budget: int) -> tu
 def train(base: str, data: str, out: Path, settings: Settings) -> None:
     """Trains from `base` into the folder `out`. ValueError for unusable data, or where nothing is left to train on."""
     from transformers import AutoModelForTokenClassification, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # of its loading and saving: our lines are enough
     torch.manual_seed(settings.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with loading("BASE", base):
@@ -191,13 +193,14 @@ def train(base: str, data: str, out: Path, settings: Settings) -> None:
         print(f"held out: {100 * by_step:.1f} % of steps, first error {100 * by_solution:.1f} % of solutions")
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
+    print(f"written: {out}; a run takes it by --prm.path {out}", flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m scope_fast.prm.train", description=__doc__.split("\n\n")[0])
-    parser.add_argument("base")
-    parser.add_argument("data")
-    parser.add_argument("out", type=Path)
+    parser.add_argument("base", help="Hugging Face folder or hub name of a language model, the student's")
+    parser.add_argument("data", help="rows of prompt, completions (the steps) and labels (true or false, one a step)")
+    parser.add_argument("out", type=Path, help="folder of the reward model")
     defaults = Settings()
     for name in Settings.__dataclass_fields__:
         value = getattr(defaults, name)

