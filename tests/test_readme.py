@@ -1,6 +1,8 @@
 """The README is true: its example runs as it stands, and every file and command it names exists."""
 
 import ast
+import json
+import os
 import re
 import subprocess
 import sys
@@ -21,6 +23,16 @@ def test_the_training_loop_runs_as_printed():
     assert first["loss/rl"] == -0.5 and first["policy/rows"] == 16.0 and first["policy/ratio_max"] == 1.0
     assert second["policy/ratio_max"] > 1.0 and second["loss/rl"] < -0.5  # what has an advantage became likelier
     assert first["loss/nll"] > second["loss/nll"] > third["loss/nll"]
+
+
+def test_own_data_and_verifier_run_as_printed(tmp_path):
+    (block,) = (text for text in re.findall(r"```bash\n(.*?)```", README, re.S) if "my_verifier.py" in text)
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-ec", block], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    records = [json.loads(line) for line in (tmp_path / "runs/mine/rollouts.jsonl").read_text().splitlines()]
+    assert len(records) == 2 * 2 * 8 and {record["reward"] for record in records} <= {0.0, 1.0}
+    assert (tmp_path / "runs/mine/report.html").exists()
 
 
 def test_every_file_of_the_tour_exists():
