@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, closing
 
 import torch
+from transformers import AutoConfig
 from transformers.utils.logging import disable_progress_bar
 
 from scope_fast import attention, convert_gguf, distributed, sharding, warm_start
@@ -69,6 +70,10 @@ def build(config: Config, stack: ExitStack, between: Callable[[], None] = lambda
     data = PromptSource(config, tokenizer)
     verifier = Verifier(config.verifier.score, config.verifier.workers, config.verifier.timeout_s)
     stack.enter_context(verifier)
+    for role in ("prm", "teacher"):
+        if folders[role] is not None:
+            with loading(f"{role}.path", folders[role]):
+                AutoConfig.from_pretrained(folders[role])
     teacher = None if folders["teacher"] else make_teacher(config, None, tokenizer, stack)
     student = load_student(config, folders["student"])
     check_sampled_by(config.rollout.engine, student)

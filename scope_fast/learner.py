@@ -48,7 +48,7 @@ from scope_fast.losses import linear_scope_loss
 from scope_fast.ops.linear_logprob import linear_logprob
 
 T = TypeVar("T")
-WORST_ROUNDING = {torch.bfloat16: 0.5}  # of a token's log-probability, computed in two ways; float32's: 1e-2
+WORST_ROUNDING = {torch.bfloat16: 1.0}  # of a token's log-probability, computed in two ways; float32's: 1e-2
 
 RESCALED_LOGITS = {  # configuration fields of models that change the head's output, and the value that changes nothing
     "final_logit_softcapping": None,  # Gemma 2, 3
@@ -194,7 +194,8 @@ class Learner:
             return self.objective(batch.to(self.device), score_only=not own_logits, own_logits=own_logits)[-8:].double()
 
         alone = logprobs(last)
-        name, most = type(self.model).__name__, WORST_ROUNDING.get(self.compute_dtype, 1e-2)
+        name = type(self.model).__name__
+        most = WORST_ROUNDING.get(self.compute_dtype, 1e-2) / min(1.0, self.options.temperature)
         gap = max((logprobs(before, last) - alone).abs().max().item() for before in (first, other))
         if not gap < most:
             how = self.model.config._attn_implementation

@@ -343,6 +343,7 @@ def test_an_error_in_a_step_comes_with_the_way_to_it(tmp_path, capsys, monkeypat
     ("settings", "where"),
     [
         (["--verifier.score", "nowhere:score"], "nowhere"),
+        (["--prm.path", "/nowhere/prm"], "prm.path: /nowhere/prm cannot be loaded: there is no such folder"),
         (["--teacher.kind", "endpoint", "--teacher.endpoint.url", "http://127.0.0.1:9/v1",
           "--teacher.endpoint.model", "m", "--teacher.endpoint.tokenizer", "student"], "teacher.endpoint"),
     ],
