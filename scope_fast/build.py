@@ -12,6 +12,7 @@ from transformers.utils.logging import disable_progress_bar
 from scope_fast import attention, convert_gguf, distributed, sharding, warm_start
 from scope_fast.config import Config
 from scope_fast.data import PromptSource
+from scope_fast.interrupt import Stopped
 from scope_fast.learner import Learner
 from scope_fast.loading import loading, pretrained
 from scope_fast.metrics import RolloutLog, import_wandb
@@ -33,7 +34,7 @@ MODELLESS = (("prm", "exact"), ("teacher", "solver"), ("teacher", "endpoint"))  
 def build(config: Config, stack: ExitStack, between: Callable[[], None] = lambda: None) -> Trainer:
     """All parts of a run, the made ones cached; `stack` closes them. Collective.
 
-    between: called at every optimiser step of a model that is made; may raise.
+    between: called at every optimiser step of a model that is made; may raise Stopped.
     """
     ranks = distributed.world_size()
     if config.rollout.prompts_per_step < ranks:
@@ -45,6 +46,7 @@ def build(config: Config, stack: ExitStack, between: Callable[[], None] = lambda
             f"rollout.server_gpus: each of {ranks} ranks would start a server on them; start one and name it as "
             "rollout.server_url"
         )
+    check_server_gpus(config)
     if config.learner.cpu_offload and ranks == 1:
         raise ValueError("learner.cpu_offload: it is FSDP2's of sharded weights, and one process has none")
     if config.logging.wandb_project and distributed.is_main():
@@ -54,7 +56,7 @@ def build(config: Config, stack: ExitStack, between: Callable[[], None] = lambda
             if missing := dispatch.missing_for(stem, backend, distributed.device().type):
                 raise ValueError(f"loss.backend={backend}: {missing}")
     disable_progress_bar()  # of transformers' loading: ours is enough
-    folders = None
+    folders = stopped = None
     if distributed.is_main():  # the others find what rank 0 made
         with progress_bars(console) as bars:
 
@@ -62,8 +64,13 @@ def build(config: Config, stack: ExitStack, between: Callable[[], None] = lambda
                 between()
                 bars(*at)
 
-            folders = {role: role_folder(config, role, progress) for role in ROLES}
-    folders = distributed.agree(folders)
+            try:
+                folders = {role: role_folder(config, role, progress) for role in ROLES}
+            except Stopped as told:
+                stopped = told
+    folders, stopped = distributed.agree((folders, stopped))
+    if stopped is not None:
+        raise stopped
     torch.manual_seed(config.seed + distributed.rank())
     # what can be wrong with data, verifier and teacher shows before a model is loaded and an engine is up
     tokenizer = load_tokenizer(folders["student"])
@@ -80,14 +87,9 @@ def build(config: Config, stack: ExitStack, between: Callable[[], None] = lambda
     engine = stack.enter_context(
         closing(make_engine(config.rollout.engine, str(folders["student"]), engine_options(config)))
     )
-    if engine.changes_transformers:
-        raise ValueError(
-            f"rollout.engine: vLLM serves {type(student).__name__} by transformers' own classes, which it changes in "
-            "the whole process, the learner's too; take vllm_server"
-        )
+    check_classes(engine, "rollout.engine", folders["student"], "vllm_server")
     learner = make_learner(config, student)
-    learner.check()
-    return Trainer(
+    trainer = Trainer(
         config,
         tokenizer,
         data,
@@ -98,16 +100,39 @@ def build(config: Config, stack: ExitStack, between: Callable[[], None] = lambda
         learner,
         stack.enter_context(RolloutLog(config.run_dir)),
     )
+    learner.check()  # beside all engines
+    return trainer
+
+
+def check_server_gpus(config: Config) -> None:
+    """ValueError for devices of which NCCL could not make ranks. 0 is the learner's."""
+    gpus, by_nccl = config.rollout.server_gpus or [], config.rollout.transfer in ("auto", "nccl")
+    if len(set(gpus)) < len(gpus) or min(gpus, default=0) < 0:
+        raise ValueError(f"rollout.server_gpus={gpus}: expected devices from 0 on, each once")
+    if 0 in gpus and by_nccl:
+        raise ValueError(
+            f"rollout.server_gpus={gpus}: 0 is the learner's, and NCCL takes a GPU once; take others, leave "
+            "server_gpus out (the server shares the learner's then), or set rollout.transfer: shm"
+        )
 
 
 def check_sampled_by(engine: str, student) -> None:
     """ValueError for a mixture of experts and vLLM: what its experts are sent changes nothing, or something else."""
     if engine == "transformers" or (engine == "auto" and not vllm_engine.is_installed()):
         return
-    if any(parameter.dim() == 3 for parameter in student.base_model.parameters()):
+    if any("experts" in name and p.dim() == 3 for name, p in student.base_model.named_parameters()):
         raise ValueError(
             f"rollout.engine: the experts of {type(student).__name__} do not reach vLLM by the weight sync; take "
             "transformers"
+        )
+
+
+def check_classes(engine, key: str, folder: str, instead: str) -> None:
+    """ValueError for an engine whose model runs on transformers' own classes, changed for the whole process."""
+    if engine.changes_transformers:
+        raise ValueError(
+            f"{key}: vLLM serves {folder} by transformers' own classes, which it changes in the whole process, the "
+            f"learner's too; take {instead}"
         )
 
 
@@ -220,4 +245,5 @@ def make_teacher(config: Config, folder: str | None, tokenizer, stack: ExitStack
         gpu_memory_utilization=settings.gpu_memory_utilization,
     )
     engine = stack.enter_context(closing(make_engine(settings.engine, folder, options, role="teacher")))
+    check_classes(engine, "teacher.engine", folder, "transformers")
     return ModelTeacher(engine, tokenizer, settings, config.rollout.context, config.seed)

@@ -400,14 +400,6 @@ class Config(_Section):
             )
         if self.rollout.server_url is not None and self.rollout.server_gpus is not None:
             raise ValueError("rollout.server_gpus: the server at rollout.server_url has its own")
-        gpus = self.rollout.server_gpus or []
-        if any(gpu < 1 for gpu in gpus) or len(set(gpus)) < len(gpus):
-            raise ValueError(
-                f"rollout.server_gpus={gpus}: expected devices from 1 on, each once; 0 is the learner's, which a "
-                "server shares where server_gpus is left out"
-            )
-        if self.rollout.server_workers > 1 and self.rollout.server_url is None:
-            raise ValueError("rollout.server_workers: of the server at rollout.server_url, and there is none")
         if self.rollout.sleep_level and self.rollout.engine in ("vllm_server", "transformers"):
             raise ValueError(f"rollout.sleep_level: only vLLM in this process sleeps, not {self.rollout.engine}")
         if self.loss.kl != "none" and self.loss.kl_coef == 0.0:

@@ -104,8 +104,8 @@ def point(values: Sequence[float], weights: Sequence[float] | None = None, *, st
 
 
 def estimate(value: float, drawn: np.ndarray, num_problems: int, confidence: float = 0.95) -> Estimate:
-    """A value with the percentile interval of its bootstrap draws; none where all draws agree, as all problems do then:
-    the bootstrap of what never varied would claim certainty."""
+    """A value with the percentile interval of its bootstrap draws; none where all draws agree: of what varies nowhere,
+    or hardly anywhere, it would claim certainty."""
     if num_problems < 2 or np.isnan(drawn).all() or np.nanmin(drawn) == np.nanmax(drawn):
         return Estimate(value, None, None)
     tail = 50.0 * (1.0 - confidence)

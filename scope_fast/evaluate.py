@@ -196,8 +196,8 @@ def locate(name: str, step: int | None = None) -> tuple[Path | None, str | None,
         if not (path / "export" / "config.json").is_file():
             raise ValueError(f"{name} is a run without an export: it has not finished")
         return path, str(path / "export"), path / "config.yaml"
-    if not path.exists() and path.parent != Path() and path.parent.is_dir():  # a folder of runs, not one of the hub's
-        raise ValueError(f"{name}: no run and no model there; {path.parent} is a folder here")
+    if not path.exists() and path.parent != Path() and any(path.parent.glob("*/config.yaml")):  # none of the hub's
+        raise ValueError(f"{name}: there is no such run in {path.parent}")
     if path.exists() and not (path / "config.json").is_file():
         raise ValueError(f"{name} is neither a run directory (config.yaml) nor a Hugging Face folder (config.json)")
     return None, None if name == "tiny" else name, None

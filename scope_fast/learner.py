@@ -48,7 +48,6 @@ from scope_fast.losses import linear_scope_loss
 from scope_fast.ops.linear_logprob import linear_logprob
 
 T = TypeVar("T")
-WORST_ROUNDING = {torch.bfloat16: 1.0}  # of a token's log-probability, computed in two ways; float32's: 1e-2
 
 RESCALED_LOGITS = {  # configuration fields of models that change the head's output, and the value that changes nothing
     "final_logit_softcapping": None,  # Gemma 2, 3
@@ -85,11 +84,11 @@ def hidden_rows(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
     return model.base_model(**_inputs(batch)).last_hidden_state[0].index_select(0, batch.rows)
 
 
-def own_logprobs(model: nn.Module, batch: MicroBatch, temperature: float) -> torch.Tensor:
-    """Log-probabilities (T,) of a micro-batch's targets by the model's own logits, all of them at once."""
-    logits = model(**_inputs(batch)).logits[0].index_select(0, batch.rows)
-    logprobs = torch.log_softmax(logits.double() / temperature, -1)
-    return logprobs.gather(1, batch.streams.target[:, None])[:, 0]
+def own_logprobs(model: nn.Module, batch: MicroBatch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities (T,) of a micro-batch's targets by the model's own logits, all of them at once, and the largest
+    of those."""
+    logits = model(**_inputs(batch)).logits[0].index_select(0, batch.rows).double() / temperature
+    return logits.log_softmax(-1).gather(1, batch.streams.target[:, None])[:, 0], logits.abs().max()
 
 
 def _inputs(batch: MicroBatch) -> dict[str, object]:
@@ -109,7 +108,7 @@ class Objective(nn.Module):
 
     def forward(self, batch: MicroBatch, score_only: bool = False, own_logits: bool = False):
         """(loss, metrics) of a micro-batch; score_only: the log-probabilities (T,) of its targets, without gradient;
-        own_logits: those by the model's own."""
+        own_logits: those by the model's own logits, and the largest of them."""
         head, options = self.model.get_output_embeddings(), self.options
         with self.autocast():
             if own_logits:
@@ -187,28 +186,28 @@ class Learner:
         vocab = self.model.config.get_text_config().vocab_size
         first, other, last = ([draw.randrange(vocab) for _ in range(12)] for _ in range(3))
 
-        def logprobs(*sequences: list[int], own_logits: bool = False) -> torch.Tensor:
-            """Of the last sequence's tokens but its first four."""
+        def batch_of(*sequences: list[int]) -> MicroBatch:
             trained = [TrainSequence(ids[:4], ids[4:], [Segment.NLL] * 8, *[[1.0] * 8] * 3) for ids in sequences]
             (batch,) = pack(trained, 12 * len(sequences), self.options, 1, 1)
-            return self.objective(batch.to(self.device), score_only=not own_logits, own_logits=own_logits)[-8:].double()
+            return batch.to(self.device)
 
-        alone = logprobs(last)
-        name = type(self.model).__name__
-        most = WORST_ROUNDING.get(self.compute_dtype, 1e-2) / min(1.0, self.options.temperature)
-        gap = max((logprobs(before, last) - alone).abs().max().item() for before in (first, other))
-        if not gap < most:
-            how = self.model.config._attn_implementation
-            raise ValueError(
-                f"{name}: beside another sequence in a packed row a token's log-probability is off by {gap:.2g}, with "
-                f"learner.attention {how}"
-            )
-        gap = (logprobs(last, own_logits=True) - alone).abs().max().item()
-        if not gap < most:
-            raise ValueError(
-                f"{name}: log-probabilities by the fused head are off by {gap:.2g} from those of its own logits, which "
-                "are more than hidden @ weight.T"
-            )
+        def logprobs(*sequences: list[int]) -> torch.Tensor:
+            """Of the last sequence's tokens but its first four."""
+            return self.objective(batch_of(*sequences), score_only=True)[-8:].double()
+
+        alone, packed, otherwise = logprobs(last), logprobs(first, last), logprobs(other, last)
+        own, largest = self.objective(batch_of(last), own_logits=True)
+        # a logit is rounded by half an eps of itself, the target's and those of the sum; twice that, and 0.01
+        rounding = 0.01 + 2 * torch.finfo(self.compute_dtype).eps * largest.item()
+        name, how = type(self.model).__name__, self.model.config._attn_implementation
+        for gap, most, what in (
+            (packed - otherwise, rounding, f"the sequence before it in a packed row, with learner.attention {how}"),
+            # another place in the row, other tiles of the matmuls: of bfloat16 a tenth more
+            (packed - alone, rounding + 12 * torch.finfo(self.compute_dtype).eps, "its place in a packed row"),
+            (own - alone, rounding, "the model's own logits in the place of hidden @ weight.T"),
+        ):
+            if not (off := gap.abs().max().item()) < most:
+                raise ValueError(f"{name}: a token's log-probability changes by {off:.2g} with {what}")
 
     @property
     def token_budget(self) -> int:

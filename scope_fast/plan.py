@@ -153,7 +153,9 @@ def memory(config: Config, sizes: Sizes, ranks: int, reward_parameters: int = 0)
     teaches = config.repairs and config.teacher.kind == "model" and config.teacher.engine != "transformers"
     rollout = config.rollout
     scores = config.scores_steps and config.prm.engine == "vllm"
-    elsewhere = rollout.engine == "transformers" or rollout.server_url is not None or rollout.server_gpus is not None
+    elsewhere = (
+        rollout.engine == "transformers" or rollout.server_url is not None or 0 not in (rollout.server_gpus or [0])
+    )
     return Memory(
         weights=MASTER_BYTES * resident,
         gradients=GRADIENT_BYTES * resident,

@@ -33,6 +33,8 @@ from scope_fast.scope.trajectory import Prompt, Trajectory
 from scope_fast.teacher import Reply, Request, Teacher, TeacherError, ask, counts_of
 from scope_fast.verifier import Verifier
 
+MOST_TOLD = 5  # reasons for no verdict that are said; all are counted, and in rollouts.jsonl
+
 
 class Trainer:
     """Owns the loop's parts and its step counter; `step()` is one iteration and returns the metrics of it."""
@@ -55,7 +57,7 @@ class Trainer:
         self.sampler, self.token_texts = Sampler(config, tokenizer, data, engine), TokenTexts(tokenizer)
         synchronize = torch.cuda.synchronize if learner.device.type == "cuda" else None
         self.timer, self.counts = Timer(synchronize), Counter[str]()
-        self._told: set[str | None] = set()  # why there was no verdict
+        self._told: set[str] = set()  # why there was no verdict
 
     def step(self) -> dict[str, float]:
         """One iteration (design: the loop fits a screen)."""
@@ -94,9 +96,9 @@ class Trainer:
     def _count_verdict(self, verdict) -> None:
         self.counts["verifier/timeouts"] += verdict.status == "timeout"
         self.counts["verifier/crashes"] += verdict.status == "crash"
-        if verdict.status != "ok" and verdict.reason not in self._told:  # all are counted; each reason is said once
+        if verdict.status != "ok" and len(self._told) < MOST_TOLD and verdict.reason not in self._told:
             self._told.add(verdict.reason)
-            print(f"verifier: no verdict on a response: {verdict.reason}", file=sys.stderr, flush=True)
+            print(f"verifier: no verdict on a response: {verdict.reason[:500]}", file=sys.stderr, flush=True)
 
     def localize(self, groups: list[Group], scores: str) -> None:
         """Step probabilities and first errors, where the method (or prm.monitor) asks for them."""

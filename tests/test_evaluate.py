@@ -476,6 +476,15 @@ def test_bad_command_lines_end_with_a_message(arguments, message, model, scripte
     assert message in printed and "Traceback" not in printed
 
 
+def test_a_run_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/other").mkdir(parents=True)
+    assert evaluate.locate("runs/mine") == (None, "runs/mine", None)  # a name of the hub's, for all that is known
+    (tmp_path / "runs/other/config.yaml").write_text("")
+    assert evaluate.main(["runs/mine"]) == 2
+    assert "error: runs/mine: there is no such run in runs" in capsys.readouterr().out
+
+
 def test_a_run_that_has_not_finished_says_so(tmp_path, capsys):
     (tmp_path / "config.yaml").write_text(to_yaml(Config()))
     assert evaluate.main([str(tmp_path)]) == 2

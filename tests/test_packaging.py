@@ -34,12 +34,14 @@ print(json.dumps({
 """
 
 
-# This very environment may hold an editable installation of the checkout; its import hook would answer first.
+# This very environment may hold an editable installation of the checkout, a line of a .pth, which would answer first;
+# one of before it was that is an import hook.
 EDITABLE = """
-import site, sys
+import os, site, sys
 for name in [name for name in sys.modules if name.startswith("__editable___scope_fast")]:
     del sys.modules[name]
 sys.meta_path[:] = [hook for hook in sys.meta_path if "__editable___scope_fast" not in str(hook)]
+sys.path[:] = [path for path in sys.path if not os.path.exists(os.path.join(path, "scope_fast", "__init__.py"))]
 sys.path.insert(0, {site!r})
 site.addsitedir({site!r})
 """

@@ -301,10 +301,17 @@ def test_a_teacher_s_engine_is_told_what_it_may_use(teacher_folder, monkeypatch)
     seen = []
 
     class Engine:
+        changes_transformers = False
+
         def close(self):
             pass
 
-    monkeypatch.setattr(build, "make_engine", lambda kind, path, options: seen.append((kind, options)) or Engine())
+    def make_engine(kind, path, options, role):
+        assert role == "teacher"
+        seen.append((kind, options))
+        return Engine()
+
+    monkeypatch.setattr(build, "make_engine", make_engine)
     settings = {"rollout.kv_cache_gib": 0.5, "rollout.num_threads": 1, "teacher.gpu_memory_utilization": 0.15}
     config = configured(**{"teacher.kind": "model", "teacher.engine": "vllm", **settings})
     with ExitStack() as stack:
@@ -312,3 +319,6 @@ def test_a_teacher_s_engine_is_told_what_it_may_use(teacher_folder, monkeypatch)
     ((kind, options),) = seen
     assert (kind, options.kv_cache_bytes, options.num_threads) == ("vllm", 1 << 29, 1)
     assert options.gpu_memory_utilization == 0.15 and options.max_model_len == config.rollout.context
+    Engine.changes_transformers = True
+    with ExitStack() as stack, pytest.raises(ValueError, match=r"teacher\.engine: vLLM serves .* take transformers"):
+        build.make_teacher(config, folder, byte_level(), stack)
