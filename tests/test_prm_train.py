@@ -138,7 +138,10 @@ def test_the_separator_is_written_with_escapes(tmp_path, monkeypatch):
     assert seen == ["\n\n", "\n\n", " ки\n", "\n"]
 
 
-def test_bad_input_ends_with_a_message(tmp_path, capsys):
+def test_bad_input_ends_with_a_message(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(  # which may take minutes
+        AutoModelForTokenClassification, "from_pretrained", lambda *_, **__: pytest.fail("the model was loaded first")
+    )
     data = write(tmp_path / "a.jsonl", [{"prompt": "a"}])
     assert prm_train.main([ASSETS, data, str(tmp_path / "out")]) == 2
     assert "a.jsonl:1 has no completions, labels" in capsys.readouterr().err

@@ -167,7 +167,7 @@ def accuracy(model: nn.Module, examples: list[Example], token_budget: int) -> tu
 
 def train(base: str, data: str, out: Path, settings: Settings) -> None:
     """Trains from `base` into the folder `out`. ValueError for unusable data, or where nothing is left to train on."""
-    from transformers import AutoModelForTokenClassification, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForTokenClassification, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # of its loading and saving: our lines are enough
@@ -175,9 +175,7 @@ def train(base: str, data: str, out: Path, settings: Settings) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with loading("BASE", base):
         tokenizer = AutoTokenizer.from_pretrained(base)
-        model = AutoModelForTokenClassification.from_pretrained(base, num_labels=2, dtype=torch.float32).to(device)
-    check_packing(model)
-    longest = model.config.max_position_embeddings
+        longest = AutoConfig.from_pretrained(base).max_position_embeddings
     examples, too_long = read_examples(data, tokenizer, longest, settings.step_separator)
     Random(settings.seed).shuffle(examples)
     held = examples[: int(settings.heldout * len(examples))]
@@ -185,6 +183,9 @@ def train(base: str, data: str, out: Path, settings: Settings) -> None:
     if not rest:
         raise ValueError(f"{data}: no example to train on ({too_long} too long)")
     print(f"{data}: {len(rest)} to train on, {len(held)} held out, {too_long} too long", flush=True)
+    with loading("BASE", base):
+        model = AutoModelForTokenClassification.from_pretrained(base, num_labels=2, dtype=torch.float32).to(device)
+    check_packing(model)
     for step, steps, loss in fit(model, rest, settings):
         if step == steps or step % 50 == 0:
             print(f"step {step}/{steps}: loss {loss:.4f}", flush=True)
