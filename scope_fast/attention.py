@@ -8,7 +8,6 @@ It must know the lengths on the host, for which a GPU is asked once a micro-batc
 
 from __future__ import annotations
 
-import inspect
 from importlib.util import find_spec
 
 import torch
@@ -18,7 +17,6 @@ from torch.utils.weak import WeakIdKeyDictionary
 from scope_fast.batch import sequence_lengths
 
 PACKED = "packed_sdpa"
-ATTENTIONS = {"full_attention", "sliding_attention", "chunked_attention"}  # of configurations' layer_types
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
 _lengths = WeakIdKeyDictionary()  # by the position_ids that all layers of a forward, and its recomputation, are given
 
@@ -41,22 +39,6 @@ def implementation(dtype: torch.dtype, kind: str = "auto") -> str:
         AttentionInterface.register(PACKED, packed_sdpa)
         AttentionMaskInterface.register(PACKED, lambda *args, **kwargs: None)
     return kind
-
-
-def check_packing(model: nn.Module) -> None:
-    """Refuses, by name, a model in which sequences of a packed row would run into each other.
-
-    Attention is told by position_ids where each begins. Convolutions over tokens and recurrent states (Mamba, gated
-    DeltaNet, lightning attention) are not: log-probabilities of all but the first sequence would be off by tenths.
-    """
-    body, config = model.base_model, model.config.get_text_config()
-    mixers = set(getattr(config, "layer_types", None) or ()) - ATTENTIONS
-    mixers |= {"nn.Conv1d" for module in body.modules() if isinstance(module, nn.Conv1d)}
-    if mixers:
-        named = ", ".join(sorted(mixers))
-        raise ValueError(f"{type(model).__name__}: {named} would carry state from one sequence to the next")
-    if "position_ids" not in inspect.signature(body.forward).parameters:
-        raise ValueError(f"{type(model).__name__}: takes no position_ids, by which packed sequences are told apart")
 
 
 def packed_sdpa(

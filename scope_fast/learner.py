@@ -31,7 +31,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from scope_fast import distributed, sharding
-from scope_fast.attention import check_packing
 from scope_fast.batch import (
     LossOptions,
     MicroBatch,
@@ -45,38 +44,10 @@ from scope_fast.batch import (
 from scope_fast.config import Learner as LearnerConfig
 from scope_fast.flops import model_flops, peak_tflops
 from scope_fast.losses import linear_scope_loss
+from scope_fast.model_checks import check_model, check_packing
 from scope_fast.ops.linear_logprob import linear_logprob
 
 T = TypeVar("T")
-
-RESCALED_LOGITS = {  # configuration fields of models that change the head's output, and the value that changes nothing
-    "final_logit_softcapping": None,  # Gemma 2, 3
-    "logits_soft_cap": None,  # RecurrentGemma
-    "output_logit_soft_cap": None,  # xLSTM
-    "logits_scaling": 1.0,  # Granite, MiniCPM
-    "logit_scale": 1.0,  # Cohere
-    "lm_head_multiplier": 1.0,  # Falcon-H1
-}
-
-
-def rescaled_logits(model: nn.Module) -> str | None:
-    """The configuration field by which a model changes what its head gives, if there is one."""
-    config = model.config.get_text_config()
-    changes = (name for name, neutral in RESCALED_LOGITS.items() if getattr(config, name, None) not in (None, neutral))
-    return next(changes, None)
-
-
-def check_model(model: nn.Module) -> None:
-    """Refuses, by name, models whose logits are not hidden @ weight.T (+ bias): the fused head would be wrong."""
-    name = type(model).__name__
-    if field := rescaled_logits(model):
-        value = getattr(model.config.get_text_config(), field)
-        raise ValueError(f"{name}: {field}={value} is not supported by the fused head")
-    head = model.get_output_embeddings()
-    if type(head) is not nn.Linear:
-        raise ValueError(f"{name}: the output head is a {type(head).__name__}, expected nn.Linear")
-    if any(module is head for module in model.base_model.modules()):
-        raise ValueError(f"{name}: its base_model holds the output head too; merge or unload the adapter that wraps it")
 
 
 def hidden_rows(model: nn.Module, batch: MicroBatch) -> torch.Tensor:

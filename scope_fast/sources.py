@@ -41,12 +41,12 @@ def read_rows(data: Data) -> tuple[list[Row], int]:
     prompt, an answer or a named option; ValueError or FileNotFoundError naming a file that cannot be read; ImportError
     where `datasets` is needed and missing; what `datasets` raises, as it is.
     """
-    stem, task, raws = open_rows(data)
+    name, raws = open_rows(data)
     columns: tuple[str, str] | None = None
     rows, seen, duplicates = [], set[str](), 0
     for number, where, raw in raws:
         columns = columns or (_column(raw, data, "prompt"), _column(raw, data, "answer"))
-        row = {"id": f"{stem}/{number}", **_row(raw, where, number, columns, data, task)}
+        row = {"id": f"{name}/{number}", **_row(raw, where, number, columns, data, name)}
         key = json.dumps(row["prompt"])
         duplicates += key in seen
         if key not in seen or not data.dedup:
@@ -55,15 +55,15 @@ def read_rows(data: Data) -> tuple[list[Row], int]:
     return rows, duplicates
 
 
-def open_rows(data: Data) -> tuple[str, str, Numbered]:
-    """(the first half of the ids, the task of rows that name none, the raw rows)."""
+def open_rows(data: Data) -> tuple[str, Numbered]:
+    """(the data set's name: the first half of the ids, and the task of rows that name none; the raw rows)."""
     path = Path(data.path)
     if path.suffix in (".jsonl", *BUILDERS) and not path.is_file():
         raise FileNotFoundError(f"data.path: there is no file {path}")
     if path.suffix == ".jsonl":
-        return path.stem, path.stem, _json_lines(path)
+        return path.stem, _json_lines(path)
     table, name = _load(data, path), path.stem if path.is_file() else path.name
-    return name, name, ((i, f"{path}[{i}]", raw) for i, raw in enumerate(table))
+    return name, ((i, f"{path}[{i}]", raw) for i, raw in enumerate(table))
 
 
 def _json_lines(path: Path) -> Numbered:

@@ -21,9 +21,10 @@ import os
 import random
 import sys
 from collections import Counter
+from collections.abc import Coroutine
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from scope_fast import config as cfg
 from scope_fast import distributed
@@ -32,6 +33,7 @@ from scope_fast.teacher import Reply, Request, TeacherError
 
 RETRIED = frozenset({"rate_limit", "server", "timeout", "connection", "bad_json"})
 Outcome = Reply | TeacherError
+T = TypeVar("T")
 
 
 class EndpointTeacher:
@@ -60,15 +62,11 @@ class EndpointTeacher:
     def complete(self, requests: list[Request]) -> list[Outcome]:
         """All requests at once, `concurrency` in flight. Whatever is not there shortly before `teacher.timeout_s` is a
         timeout of its own request: `ask` would give up on all of them."""
-        loop = asyncio.new_event_loop()
-        try:
-            return loop.run_until_complete(self._complete(requests))
-        finally:  # asyncio.run would wait for a thread that still looks up the server's name, past every deadline
-            loop.close()
+        return _run(self._complete(requests))
 
     def check(self) -> None:
         """Asks the server for one token or two. ValueError where it cannot continue a prefix, or does not answer."""
-        asyncio.run(self._check())
+        _run(self._check())
 
     def take_counts(self) -> dict[str, int]:
         """teacher/requests, teacher/error/timeout, ... since the last call."""
@@ -279,6 +277,15 @@ class EndpointTeacher:
 
     def _refusal(self, why: str) -> ValueError:
         return ValueError(f"teacher.endpoint: {self._server.url} ({self._route}): {why}")
+
+
+def _run(coroutine: Coroutine[Any, Any, T]) -> T:
+    """As asyncio.run, which at its end waits for a thread that still looks up the server's name, past any deadline."""
+    loop = asyncio.new_event_loop()
+    try:
+        return loop.run_until_complete(coroutine)
+    finally:
+        loop.close()
 
 
 def continued(messages: list[dict[str, str]], prefix: str) -> dict[str, Any]:

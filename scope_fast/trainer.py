@@ -19,7 +19,6 @@ from scope_fast.checkpoint import capture_rng, restore_rng
 from scope_fast.config import Config
 from scope_fast.data import PromptSource
 from scope_fast.diversity import diversity_values
-from scope_fast.health import Unhealthy
 from scope_fast.learner import Learner
 from scope_fast.metrics import RolloutLog, Timer, fold, to_json
 from scope_fast.prm.scorers import StepScorer
@@ -213,7 +212,7 @@ class Trainer:
         verdicts = [verdict for part in distributed.gather(verdicts) for verdict in part]
         rewards = [reward for reward, _ in verdicts if reward is not None]
         if not rewards:
-            raise Unhealthy(
+            raise health.Unhealthy(
                 f"verifier.score: no verdict on any of {len(verdicts)} held-out responses; the first: {verdicts[0][1]}"
             )
         return fmean(reward > 0 for reward in rewards), len(verdicts) - len(rewards)

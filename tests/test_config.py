@@ -98,11 +98,6 @@ def test_files_and_overrides_layer(tmp_path):
     assert load(file).steps == 7
 
 
-def test_a_list_is_told_how_to_be_written():
-    assert load(None, [("data.tasks", "[chain_sum]")]).data.tasks == ["chain_sum"]
-    assert "got 'chain_sum'; write '[chain_sum]'" in refusal(("data.tasks", "chain_sum"))
-
-
 def test_a_home_directory_is_written_as_in_a_shell(monkeypatch):
     monkeypatch.setenv("HOME", "/home/ada")
     keys = ("model.path", "prm.path", "teacher.path", "data.path", "teacher.endpoint.tokenizer")

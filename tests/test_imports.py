@@ -27,6 +27,7 @@ LEVELS = [
         "estimators",
         "files",
         "loading",
+        "model_checks",
     },
     {"config", "ops", "answers", "checkpoint", "sharding", "health", "interrupt", "flops", "attention", "convert_gguf"},
     {"losses", "scope", "rollout", "metrics", "math_answers", "sources", "config_files"},

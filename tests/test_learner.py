@@ -14,11 +14,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2For
 
 from scope_fast import attention
 from scope_fast import learner as learner_module
-from scope_fast.attention import check_packing
 from scope_fast.batch import LossOptions, Segment, TrainSequence, pack, sequence_lengths
 from scope_fast.config import Learner as Settings
-from scope_fast.learner import Learner, check_model, hidden_rows
+from scope_fast.learner import Learner, hidden_rows
 from scope_fast.losses import linear_scope_loss
+from scope_fast.model_checks import check_model, check_packing
 
 IGNORE, RL, NLL = Segment.IGNORE, Segment.RL, Segment.NLL
 NAN = math.nan

@@ -66,13 +66,6 @@ struct Shares {
   }
 };
 
-// Tokens of a chunk, at most `most` and at least a panel, whose dX in all tasks, as many as threads, stays within
-// kPartialBytes.
-inline int64_t tokens_within_partials(int64_t most, int64_t tasks, int64_t dim, int64_t value_bytes) {
-  const int64_t fit = kPartialBytes / (tasks * dim * value_bytes) / kPanel * kPanel;
-  return std::clamp(fit, kPanel, std::max(most, kPanel));
-}
-
 // The rows of hidden a chunk computes, packed as right operands: by column for the logits, by row for dW.
 template <class In, class Op>
 struct Tokens {
@@ -190,6 +183,12 @@ struct Head {
   }
 
   int64_t rows(int64_t block) const { return std::min(kBlock, vocab - block * kBlock); }
+
+  // tokens of a chunk, at most `most` and at least a panel, whose dX in all tasks stays within kPartialBytes
+  int64_t tokens_within_partials(int64_t most) const {
+    const int64_t token_bytes = blocks.tasks * dim * static_cast<int64_t>(sizeof(Acc));
+    return std::clamp(kPartialBytes / token_bytes / kPanel * kPanel, kPanel, std::max(most, kPanel));
+  }
 
   // the block's rows of weight as a left operand
   const Op* operand(int64_t block, Op* scratch) const {

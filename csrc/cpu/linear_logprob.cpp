@@ -85,8 +85,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_logprob_backward(
   dispatch_dtypes(hidden, [&](auto i, auto o) {
     using In = decltype(i);
     const Head<In, decltype(o)> head(in.operands.weight, in.operands.bias);
-    const int64_t most = tokens_within_partials(kBackwardTokens, head.blocks.tasks, head.dim, sizeof(typename Head<In, decltype(o)>::Acc));
-    const int64_t size = chunk_size(total, most, chunk_tokens);
+    const int64_t size = chunk_size(total, head.tokens_within_partials(kBackwardTokens), chunk_tokens);
     Gradients<In, decltype(o)> gradients(head, round_up(size, kMultiple), needs, out, size >= total);
     for_each_chunk(in, head, size, needs.dweight, [&](auto& tokens, auto& targets, auto& values, auto& store, int64_t first, bool last) {
       const auto at = [first](const Tensor& x, int64_t c) { return x.const_data_ptr<double>()[first + c]; };

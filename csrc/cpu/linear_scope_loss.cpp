@@ -65,7 +65,7 @@ Metrics run(
   const Head<In, Op> head(x.weight, x.bias);
   const int64_t total = rows.numel();
   const bool kept = needs.any() && chunk_tokens != 0;
-  const int64_t most = tokens_within_partials(kept ? total : kBackwardTokens, head.blocks.tasks, head.dim, sizeof(Acc));
+  const int64_t most = head.tokens_within_partials(kept ? total : kBackwardTokens);
   const int64_t row_bytes = head.vocab * (rounded ? 2 : sizeof(Acc));
   const int64_t budget = kept ? kept_tokens(row_bytes, most, kPair<Op> == 2) : most;
   const int64_t size = chunk_size(total, budget, chunk_tokens);

@@ -34,8 +34,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scope_fast.batch import NLL_SHAPES, LossOptions, Segment, TokenStreams
-from scope_fast.learner import check_model
 from scope_fast.losses import linear_scope_loss
+from scope_fast.model_checks import check_model
 from scope_fast.ops.linear_logprob import linear_logprob
 
 VERSIONS = "1.16"  # written and tested against this minor version: every hook below is private

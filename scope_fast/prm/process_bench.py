@@ -58,7 +58,7 @@ class Scores(NamedTuple):
 
 def read_items(config: Config) -> list[Item]:
     """The rows of `data.path`. ValueError naming file, row and column for one of another shape."""
-    return [_item(raw, where) for _, where, raw in open_rows(config.data)[2]]
+    return [_item(raw, where) for _, where, raw in open_rows(config.data)[1]]
 
 
 def _item(raw: Any, where: str) -> Item:

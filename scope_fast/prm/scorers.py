@@ -8,8 +8,8 @@ from typing import Protocol
 
 import torch
 
-from scope_fast.attention import check_packing
 from scope_fast.batch import bins
+from scope_fast.model_checks import check_packing
 from scope_fast.ops.step_pool import PrmHead, step_pool
 from scope_fast.prm.formats import Encoded
 from scope_fast.scope.trajectory import Trajectory

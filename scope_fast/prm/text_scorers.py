@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from scope_fast import attention
-from scope_fast.learner import rescaled_logits
 from scope_fast.loading import pretrained
+from scope_fast.model_checks import check_packing, rescaled_logits
 from scope_fast.ops.step_pool import PrmHead
 from scope_fast.prm.formats import Encoded, Format, QwenFormat, RlhflowFormat, ShepherdFormat
 from scope_fast.prm.scorers import packed_scores, scores_of_those_that_fit
@@ -72,7 +72,7 @@ def load(kind: str, folder: str, student, dtype: torch.dtype, device: torch.devi
         head = PrmHead(weight, bias, hidden_weight=hidden, hidden_bias=hidden_bias)
         return InProcessScorer(student, fmt, body, head, token_budget)
     model = pretrained("prm.path", AutoModelForCausalLM, folder, **how).to(device)
-    attention.check_packing(model)
+    check_packing(model)
     lm_head = model.get_output_embeddings()
     if field := rescaled_logits(model):
         raise ValueError(f"prm.path: a model with {field} changes its logits after the head")

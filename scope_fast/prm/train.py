@@ -22,11 +22,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from scope_fast.attention import check_packing
 from scope_fast.batch import bins
 from scope_fast.config import Data, unescaped
 from scope_fast.data import encode_prompt
 from scope_fast.loading import loading
+from scope_fast.model_checks import check_packing
 from scope_fast.prm.formats import Encoded
 from scope_fast.sources import is_prompt, open_rows
 
@@ -86,7 +86,7 @@ def read_examples(path: str, tokenizer, longest: int, separator: str = "\n") -> 
     Raises ValueError naming file and row for one whose columns are not those of TRL's PRMTrainer.
     """
     examples, too_long = [], 0
-    for _, where, row in open_rows(Data(path=path))[2]:
+    for _, where, row in open_rows(Data(path=path))[1]:
         example = _example(row, where, tokenizer, separator)
         if len(example.encoded.ids) > longest:
             too_long += 1

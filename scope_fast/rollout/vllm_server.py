@@ -248,8 +248,7 @@ class VllmServerEngine:
             log = Path(self._folder.name) / "server.log"
             environment = server_environment(options, self._transfer.backend)
             self._process = ServerProcess(arguments, environment, log, options.start_timeout_s)
-        url = options.server_url or self._process.url
-        self._http, self._sampling = Http(url), Http(url)  # a request that fails ends the others, and no sync
+        self._http = self._sampling = Http(options.server_url or self._process.url)
         self._inner_client = HttpSyncClient(self._http, options.sync_timeout_s)
         self._client = watch.PhasedClient(self._inner_client, self._rank)
         if self._transfer.is_sender:
@@ -302,7 +301,6 @@ class VllmServerEngine:
         self._connect()
         if self._closed:  # meanwhile, by another thread, which saw the old one
             self._http.close()
-            self._sampling.close()
             self._process.stop()
             raise ServerDiedError(f"vLLM server: died in {what}, and the engine was closed while it started again")
         if self._weights.version is not None:
@@ -364,7 +362,9 @@ class VllmServerEngine:
 
     def _ask(self, bodies: list[dict[str, Any]]) -> list[Rollout]:
         """All requests; the first that fails ends those that wait, for their threads are waited for."""
-        http = self._sampling
+        http = self._sampling = Http(self._http.url)  # of its own: what ends these requests ends no sync
+        if self._closed:  # meanwhile: what `close` found here was another
+            http.close()
         with ThreadPoolExecutor(min(len(bodies), self._in_flight) or 1) as threads:
             asked = [threads.submit(self._one, http, body) for body in bodies]
             try:
@@ -374,10 +374,6 @@ class VllmServerEngine:
             except BaseException:
                 threads.shutdown(wait=False, cancel_futures=True)
                 http.close()
-                if http is self._sampling:
-                    self._sampling = Http(http.url)
-                if self._closed:
-                    self._sampling.close()
                 raise
 
     @property
