@@ -14,6 +14,7 @@ import torch
 
 from bench import peers
 from scope_fast import native
+from scope_fast.environment import device_name
 
 ROOT = Path(__file__).parent.parent
 
@@ -27,17 +28,10 @@ def output_of(*command: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else "unknown"
 
 
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    named = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
-    return named or platform.processor() or platform.machine()
-
-
 def device_info(device: str) -> dict:
     if device == "cpu":
         return {
-            "name": cpu_name(),
+            "name": device_name("cpu"),
             "threads": torch.get_num_threads(),
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "capability": torch.backends.cpu.get_cpu_capability(),

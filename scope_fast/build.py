@@ -15,10 +15,11 @@ from scope_fast.data import PromptSource
 from scope_fast.interrupt import Stopped
 from scope_fast.learner import Learner
 from scope_fast.loading import loading, pretrained
-from scope_fast.metrics import RolloutLog, import_wandb
+from scope_fast.metrics import import_wandb
 from scope_fast.ops import dispatch
 from scope_fast.prm.load import make_scorer
 from scope_fast.progress import console, progress_bars
+from scope_fast.records import RolloutLog
 from scope_fast.rollout import make_engine, vllm_engine
 from scope_fast.rollout.base import EngineOptions
 from scope_fast.teacher import ModelTeacher, SolverTeacher, Teacher, check_shared_tokenizer

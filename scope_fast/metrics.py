@@ -1,7 +1,7 @@
-"""The run's numbers: one vocabulary of metric names, and the writers of metrics.jsonl, rollouts.jsonl and TensorBoard.
+"""The run's numbers: one vocabulary of metric names, and the writer of metrics.jsonl, TensorBoard and W&B.
 
 metrics.jsonl holds one object a line, {"step": 3, "reward/mean": 0.41, ...}; a metric that is undefined in a step is
-left out. rollouts.jsonl holds one rollout a line; its schema is in report.py, which reads it.
+left out.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import difflib
 import importlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 
 from scope_fast.files import Log, WriteFailed, writing
+from scope_fast.jsonl import cut_back
 from scope_fast.progress import StepDisplay
 
 
@@ -265,129 +265,6 @@ def import_wandb() -> Any:
         if error.name != "wandb":
             raise
         raise ImportError("W&B logging needs the wandb package: pip install 'scope-fast[wandb]'") from error
-
-
-class RolloutLog:
-    """Appends rollouts to rollouts.jsonl in `out_dir`, in step order. A context manager.
-
-    The MetricsWriter cuts the file back in place when a run is resumed, before or after this opens it. The schema is
-    in report.py.
-    """
-
-    def __init__(self, out_dir: str | Path) -> None:
-        self._file = Log(Path(out_dir) / "rollouts.jsonl", "rollouts")
-        self._lines: list[str] = []
-
-    def __enter__(self) -> RolloutLog:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        self.flush()
-        self._file.close()
-
-    def append(self, record: Mapping[str, Any]) -> None:
-        """Adds one rollout."""
-        self.append_line(to_json(record))
-
-    def append_line(self, line: str) -> None:
-        """Adds one rollout that `to_json` made a line of, on this rank or another."""
-        self._lines.append(line + "\n")
-
-    def flush(self) -> None:
-        """Hands what was appended to the operating system; call it once a step."""
-        text, self._lines = "".join(self._lines), []  # emptied first: what fails now would fail again at the closing
-        self._file.write(text)
-
-
-def to_json(record: Mapping[str, Any]) -> str:
-    """A rollout's line of rollouts.jsonl. JSON knows no NaN: a number that is not finite becomes null.
-
-    Raises ValueError for a record without an integer step.
-    """
-    if not isinstance(record.get("step"), int):
-        raise ValueError(f"record['step'] is {record.get('step')!r}: expected an int")
-    try:
-        return json.dumps(record, allow_nan=False)
-    except ValueError:  # cleaning walks every number: only where there is something to clean
-        return json.dumps(_without_nan(record), allow_nan=False)
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(item) for item in value]
-    return value
-
-
-def read_jsonl(path: str | Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
-    """(byte offset, byte length, object) of each line.
-
-    A last line without its newline is one being written, or torn by a kill: it is left out. Raises ValueError naming
-    file and line for any other line that is not a JSON object with a "step".
-    """
-    offset = 0
-    with Path(path).open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
-                return
-            yield offset, len(line), _parsed(line, f"{path}:{number}")
-            offset += len(line)
-
-
-def read_step(path: str | Path, step: int) -> Iterator[dict[str, Any]]:
-    """The objects of one step's lines, of a file in step order, found by bisection; nothing where it has none."""
-    begin, end = end_of_step(path, step - 1), end_of_step(path, step)
-    with Path(path).open("rb") as file:
-        file.seek(begin)
-        while (offset := file.tell()) < end:
-            yield _parsed(file.readline(), f"{path}, byte {offset}")
-
-
-def end_of_step(path: str | Path, step: int) -> int:
-    """Where the whole lines up to `step` end, in bytes: by bisection, as a long run's rollouts.jsonl has gigabytes.
-
-    Lines are in step order, as the writers here keep them. Raises ValueError as `read_jsonl`, for the lines it meets.
-    """
-    with Path(path).open("rb") as file:
-        low, high = 0, file.seek(0, os.SEEK_END)  # lines that begin before low are kept, from high on they are not
-        while low < high:
-            middle = (low + high) // 2
-            file.seek(max(middle - 1, 0))
-            if middle:
-                file.readline()  # to the first line that begins at middle or later
-            begin = file.tell()
-            line = file.readline() if begin < high else b""
-            if line.endswith(b"\n") and _parsed(line, f"{path}, byte {begin}")["step"] <= step:
-                low = file.tell()
-            else:
-                high = middle
-    return low
-
-
-def _parsed(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except ValueError as error:  # not JSON, or no UTF-8
-        raise ValueError(f"{where}: not JSON ({error})") from None
-    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-        raise ValueError(f"{where}: expected an object with an integer step")
-    return record
-
-
-def cut_back(path: str | Path, step: int) -> None:
-    """Truncates a JSON-lines file, in place, before its first line of a step after `step`; a missing file stays so.
-
-    Lines are in step order, as the writers here keep them. A torn last line goes too.
-    """
-    path = Path(path)
-    if path.exists():
-        os.truncate(path, end_of_step(path, step))
 
 
 class Timer:

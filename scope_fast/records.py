@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from scope_fast.batch import Segment, TrainSequence
+from scope_fast.files import Log
 from scope_fast.scope.trajectory import Trajectory
 
 
@@ -84,3 +88,61 @@ def trained_sequence(record: dict[str, Any]) -> TrainSequence | None:
         loss_weight=[float(value) for value in trained["loss_weight"]],
         rollout_logprob=[own[i] if s == Segment.RL else math.nan for i, s in enumerate(trained["segment"])],
     )
+
+
+def to_json(record: Mapping[str, Any]) -> str:
+    """A rollout's line of rollouts.jsonl. JSON knows no NaN: a number that is not finite becomes null.
+
+    Raises ValueError for a record without an integer step.
+    """
+    if not isinstance(record.get("step"), int):
+        raise ValueError(f"record['step'] is {record.get('step')!r}: expected an int")
+    try:
+        return json.dumps(record, allow_nan=False)
+    except ValueError:  # cleaning walks every number: only where there is something to clean
+        return json.dumps(_without_nan(record), allow_nan=False)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(item) for item in value]
+    return value
+
+
+class RolloutLog:
+    """Appends rollouts to rollouts.jsonl in `out_dir`, in step order. A context manager.
+
+    The MetricsWriter cuts the file back in place when a run is resumed, before or after this opens it. The schema is
+    in report.py.
+    """
+
+    def __init__(self, out_dir: str | Path) -> None:
+        self._file = Log(Path(out_dir) / "rollouts.jsonl", "rollouts")
+        self._lines: list[str] = []
+
+    def __enter__(self) -> RolloutLog:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.flush()
+        self._file.close()
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Adds one rollout."""
+        self.append_line(to_json(record))
+
+    def append_line(self, line: str) -> None:
+        """Adds one rollout that `to_json` made a line of, on this rank or another."""
+        self._lines.append(line + "\n")
+
+    def flush(self) -> None:
+        """Hands what was appended to the operating system; call it once a step."""
+        text, self._lines = "".join(self._lines), []  # emptied first: what fails now would fail again at the closing
+        self._file.write(text)

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from scope_fast import checkpoint, distributed
 from scope_fast.batch import TrainSequence, minibatch_of
+from scope_fast.jsonl import read_jsonl, read_step
 from scope_fast.learner import Learner
-from scope_fast.metrics import read_jsonl, read_step
 from scope_fast.records import trained_sequence
 
 OF_LEARNER = ("loss/", "policy/", "grad/", "learner/", "tokens/trained", "tokens/skipped", "sampling/logprob_gap")

@@ -1,8 +1,8 @@
 """One self-contained HTML page of a run: `python -m scope_fast.report RUN [--out FILE]`.
 
-Reads config.yaml, metrics.jsonl and rollouts.jsonl of a run directory, also while the run still writes them. The page
-(report.html, report.css and report*.js beside this file) loads nothing: it opens from disk, and its content-security
-policy lets no script but its own run, whatever a model wrote.
+Reads config.yaml, metrics.jsonl, rollouts.jsonl and environment.jsonl of a run directory, also while the run still
+writes them. The page (report.html, report.css and report*.js beside this file) loads nothing: it opens from disk, and
+its content-security policy lets no script but its own run, whatever a model wrote.
 
 A line of rollouts.jsonl is one rollout:
     {"step": int, "prompt_id": str, "task": str, "group": int, "sample": int, "prompt": str, "answer": str,
@@ -39,7 +39,9 @@ from typing import Any
 
 import yaml
 
-from scope_fast.metrics import METRICS, read_jsonl
+from scope_fast.environment import last
+from scope_fast.jsonl import read_jsonl
+from scope_fast.metrics import METRICS
 
 MAX_ROLLOUTS = 4000  # embedded in the page
 MAX_BYTES = 32 << 20  # of their lines in rollouts.jsonl; less than half of it is embedded
@@ -169,8 +171,8 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def facts(config: dict[str, Any], rows: list[dict[str, float]]) -> list[list[str]]:
-    """[label, value] pairs about the run; a key the configuration does not have is left out."""
+def facts(config: dict[str, Any], rows: list[dict[str, float]], environment: dict[str, Any]) -> list[list[str]]:
+    """[label, value] pairs about the run; what neither configuration nor environment (its last) has is left out."""
     done, asked = max((row["step"] for row in rows), default=0), config.get("steps")
     result = [["Method", config.get("method")], ["Model", _dig(config, "model.path")]]
     result.append(["Steps", f"{done}" if asked in (None, done) else f"{done} of {asked}"])
@@ -180,8 +182,11 @@ def facts(config: dict[str, Any], rows: list[dict[str, float]]) -> list[list[str
     ]
     size = (_dig(config, "rollout.prompts_per_step"), _dig(config, "rollout.group_size"))
     result.append(["A step", None if None in size else f"{size[0]} prompts × {size[1]} rollouts"])  # noqa: RUF001
-    result += [["Engine", _dig(config, "rollout.engine")], ["Teacher", _dig(config, "teacher.kind")]]
-    result.append(["Reward model", _dig(config, "prm.kind")])
+    result += [["Teacher", _dig(config, "teacher.kind")], ["Reward model", _dig(config, "prm.kind")]]
+    result.append(["Engine", environment.get("engine", _dig(config, "rollout.engine"))])  # which "auto" chose
+    if device := environment.get("device"):
+        ranks = environment["ranks"]
+        result.append(["Device", device if ranks == 1 else f"{ranks} × {device}"])  # noqa: RUF001
     if seconds := [row["time/step_s"] for row in rows if "time/step_s" in row]:
         result.append(["Time in steps", _duration(sum(seconds))])
     return [[label, str(value)] for label, value in result if value is not None]
@@ -303,9 +308,10 @@ def render(run_dir: Path) -> str:
     config_text = (run_dir / "config.yaml").read_text(encoding="utf-8")
     config, rows = yaml.safe_load(config_text) or {}, read_metrics(run_dir)
     columns, rollouts = series(rows), read_rollouts(run_dir / "rollouts.jsonl")
+    environment = last(run_dir / "environment.jsonl") or {}  # none: a run of an older version
     run = {
         "name": run_dir.resolve().name,
-        "facts": facts(config, rows),
+        "facts": facts(config, rows, environment),
         "config": config_text,
         "tau": _dig(config, "prm.tau"),
         "tiles": tiles(rows),

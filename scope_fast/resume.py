@@ -9,7 +9,7 @@ from scope_fast import checkpoint, distributed
 from scope_fast.config import Config
 from scope_fast.config_files import load, to_yaml
 from scope_fast.files import WriteFailed, write_whole, writing
-from scope_fast.metrics import read_jsonl
+from scope_fast.jsonl import read_jsonl
 from scope_fast.progress import console
 
 MAY_CHANGE = frozenset(  # between the parts of a resumed run: what places and paces the work, and no formula

@@ -22,7 +22,7 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing.errors import record
 from transformers.utils.logging import disable_progress_bar
 
-from scope_fast import checkpoint, distributed, health, plan, replay
+from scope_fast import checkpoint, distributed, environment, health, plan, replay
 from scope_fast.build import build, load_student, make_learner, role_folder, to_be_made
 from scope_fast.config import Config
 from scope_fast.config_files import load, overrides, to_yaml
@@ -152,7 +152,10 @@ def train(trainer: Trainer, start: Path | None, stack: ExitStack, interrupt: Int
         console.print(f"resumed from {start} at step {trainer.done}", markup=False)
     elif (out / "metrics.jsonl").exists():
         console.print(f"{out} holds no checkpoint: starting over", markup=False)
-    write = metrics_writer(config, -1 if start is None else trainer.done, stack)
+    resume_step = -1 if start is None else trainer.done
+    write = metrics_writer(config, resume_step, stack)
+    if distributed.is_main():
+        write_environment(out, resume_step, trainer.engine.name)
     if start is None:
         if config.rollout.server_url is not None:  # an earlier run may have left it other weights, or paused
             trainer.engine.update_weights(trainer.learner.model, 0)
@@ -175,6 +178,15 @@ def train(trainer: Trainer, start: Path | None, stack: ExitStack, interrupt: Int
     if config.logging.report and distributed.is_main():
         with writing("the report", out / "report.html"):
             console.print(f"report: {write_report(out)}", markup=False)
+
+
+def write_environment(out: Path, resume_step: int, engine: str) -> None:
+    """What the steps that follow run with; says what of it is no longer as it was."""
+    path = out / "environment.jsonl"
+    with writing("the environment", path):
+        changed = environment.record(path, resume_step, environment.now(engine))
+    if changed:
+        console.print(f"{out} goes on in another environment: {'; '.join(changed)}", markup=False)
 
 
 def save(trainer: Trainer) -> None:
@@ -211,7 +223,11 @@ def metrics_writer(config: Config, resume_step: int, stack: ExitStack) -> Callab
     """`MetricsWriter.write` on rank 0; on the others a function that writes nothing."""
     if not distributed.is_main():
         return lambda step, metrics, show=True: None
-    wandb = {"project": config.logging.wandb_project} if config.logging.wandb_project else None
+    wandb = None
+    if config.logging.wandb_project:  # what may change between the parts of a run, does so in W&B's copy too
+        whole = config.model_dump(mode="json")
+        wandb = {"project": config.logging.wandb_project, "config": whole, "allow_val_change": True}
+        wandb["name"] = config.run_dir.name
     health.forget_failed(config.run_dir, max(resume_step, 0))
     writer = MetricsWriter(config.run_dir, config.steps, config.method, wandb, resume_step=resume_step)
     return stack.enter_context(writer).write

@@ -20,9 +20,9 @@ from scope_fast.config import Config
 from scope_fast.data import PromptSource
 from scope_fast.diversity import diversity_values
 from scope_fast.learner import Learner
-from scope_fast.metrics import RolloutLog, Timer, fold, to_json
+from scope_fast.metrics import Timer, fold
 from scope_fast.prm.scorers import StepScorer
-from scope_fast.records import TokenTexts, record
+from scope_fast.records import RolloutLog, TokenTexts, record, to_json
 from scope_fast.rollout.base import RolloutEngine, Sampling
 from scope_fast.sampler import Group, Sampler, seed_of
 from scope_fast.scope.advantage import Stamped, method

@@ -15,30 +15,17 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "scope_fast"
 
 LEVELS = [
-    {
-        "kernels",
-        "batch",
-        "native",
-        "verifier",
-        "distributed",
-        "diversity",
-        "progress",
-        "tasks",
-        "estimators",
-        "files",
-        "loading",
-        "model_checks",
-    },
-    {"config", "ops", "answers", "checkpoint", "sharding", "health", "interrupt", "flops", "attention", "convert_gguf"},
-    {"losses", "scope", "rollout", "metrics", "math_answers", "sources", "config_files"},
-    {"__init__", "learner", "teacher", "data", "records", "report", "scorecard", "plan", "suite"},
-    {"prm", "sampler"},
-    {"trainer", "replay", "warm_start", "integrations", "teacher_endpoint"},
-    {"build", "resume"},
-    {"train"},
-    {"evaluate"},
+    "kernels batch native verifier distributed diversity progress tasks estimators files loading model_checks jsonl",
+    "config ops answers checkpoint sharding health interrupt flops attention convert_gguf environment",
+    "losses scope rollout metrics math_answers sources config_files",
+    "__init__ learner teacher data records report scorecard plan suite",
+    "prm sampler",
+    "trainer replay warm_start integrations teacher_endpoint",
+    "build resume",
+    "train",
+    "evaluate",
 ]
-LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
+LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names.split()}
 
 VLLM_HOMES = {f"rollout.{name}" for name in ("vllm_engine", "vllm_server", "transfer", "weight_sync")}
 VLLM_HOMES |= {"prm.vllm_pooling"}

@@ -7,7 +7,6 @@ import json
 import math
 import sys
 import time
-from itertools import combinations_with_replacement
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,14 +19,10 @@ from scope_fast.diversity import distinct_n, diversity_values, unique_answers
 from scope_fast.metrics import (
     METRICS,
     MetricsWriter,
-    RolloutLog,
     Timer,
-    cut_back,
-    end_of_step,
     fold,
-    read_jsonl,
-    read_step,
 )
+from scope_fast.records import RolloutLog
 
 DESIGN = """
 reward/mean reward/pass_rate scope/failed scope/selected scope/repaired scope/accepted scope/rejected
@@ -143,48 +138,6 @@ def test_a_used_directory_is_not_overwritten_by_accident(tmp_path):
     assert (tmp_path / "rollouts.jsonl").read_text() == ""
 
 
-def test_cut_back_keeps_whole_lines_only(tmp_path):
-    path = tmp_path / "log.jsonl"
-    cut_back(path, 3)  # nothing there, nothing made
-    assert not path.exists()
-    path.write_text('{"step": 0}\n{"step": 3, "name": "é"}\n{"step": 3')
-    cut_back(path, 3)
-    assert path.read_text() == '{"step": 0}\n{"step": 3, "name": "é"}\n'
-    cut_back(path, 2)
-    assert path.read_text() == '{"step": 0}\n'
-
-
-def test_a_step_is_found_by_bisection(tmp_path):
-    """Each file of up to five lines of steps 1, 2 and 4, of lengths that differ, whole or torn, as a reader sees it."""
-    path = tmp_path / "log.jsonl"
-    for count in range(6):
-        for steps in combinations_with_replacement((1, 2, 4), count):
-            rows = [{"step": step, "pad": "é" * (7 * i % 5)} for i, step in enumerate(steps)]
-            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            for torn in ("", '{"step": 1', '{"step": 9}'):
-                path.write_text(text + torn)
-                for step in range(6):
-                    kept = "".join(line for line in text.splitlines(True) if json.loads(line)["step"] <= step)
-                    assert end_of_step(path, step) == len(kept.encode())
-                    assert list(read_step(path, step)) == [row for row in rows if row["step"] == step]
-
-
-def test_bisection_names_file_and_byte(tmp_path):
-    path = tmp_path / "log.jsonl"
-    for damage in (b"nonsense", b"\xff"):
-        path.write_bytes(b'{"step": 1}\n' + damage + b"\n")
-        with pytest.raises(ValueError, match=r"log\.jsonl, byte 12: not JSON"):
-            end_of_step(path, 1)
-
-
-@pytest.mark.parametrize("line", ["nonsense", "[1]", '{"name": 1}', '{"step": "1"}'])
-def test_read_jsonl_names_file_and_line(tmp_path, line):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n' + line + '\n{"step": 2}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl:2"):
-        list(read_jsonl(path))
-
-
 def test_wandb_missing_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ImportError, match=r"pip install 'scope-fast\[wandb\]'"):
@@ -212,17 +165,6 @@ def test_wandb_gets_the_metrics_and_resumes_its_run(tmp_path, monkeypatch):
         ("finish", 0),
         ("init", {"dir": folder, "project": "p", "id": "abc", "resume": "allow"}),
         ("finish", 1),
-    ]
-
-
-def test_rollout_log_writes_json_that_browsers_read(tmp_path):
-    with RolloutLog(tmp_path) as log:
-        log.append({"step": 1, "step_probs": [0.5, math.nan], "inner": {"logprobs": (-math.inf, -1.0)}})
-        with pytest.raises(ValueError, match=r"record\['step'\] is None"):
-            log.append({"reward": 1.0})
-        log.flush()
-    assert lines(tmp_path / "rollouts.jsonl") == [
-        {"step": 1, "step_probs": [0.5, None], "inner": {"logprobs": [None, -1.0]}}
     ]
 
 

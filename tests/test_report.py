@@ -79,18 +79,22 @@ def test_totals_and_tiles():
 
 
 def test_facts_leave_out_what_the_configuration_lacks():
-    assert report.facts({"method": "grpo", "steps": 9, "seed": 0}, METRIC_ROWS) == [
+    assert report.facts({"method": "grpo", "steps": 9, "seed": 0}, METRIC_ROWS, {}) == [
         ["Method", "grpo"], ["Steps", "2 of 9"], ["Seed", "0"], ["Time in steps", "1 min 4 s"],
     ]  # fmt: skip
     whole = {
         "method": "scope", "steps": 2, "model": {"path": "tiny"}, "data": {"tasks": ["a", "b"]},
         "rollout": {"prompts_per_step": 16, "group_size": 8, "engine": "vllm"}, "teacher": {"kind": "solver"},
     }  # fmt: skip
-    facts = dict(report.facts(whole, METRIC_ROWS))
+    facts = dict(report.facts(whole, METRIC_ROWS, {}))
     assert facts["Steps"] == "2" and facts["Model"] == "tiny" and facts["Tasks"] == "a, b"
     assert facts["A step"] == "16 prompts × 8 rollouts" and facts["Teacher"] == "solver"  # noqa: RUF001
+    assert facts["Engine"] == "vllm" and "Device" not in facts
     whole["data"]["path"] = "rows.jsonl"
-    assert dict(report.facts(whole, METRIC_ROWS))["Tasks"] == "rows.jsonl"
+    assert dict(report.facts(whole, METRIC_ROWS, {}))["Tasks"] == "rows.jsonl"
+    facts = dict(report.facts(whole, METRIC_ROWS, {"engine": "transformers", "device": "H100", "ranks": 8}))
+    assert facts["Engine"] == "transformers" and facts["Device"] == "8 × H100"  # noqa: RUF001
+    assert dict(report.facts({}, [], {"device": "H100", "ranks": 1}))["Device"] == "H100"
     assert report._duration(7384) == "2 h 3 min" and report._duration(59.4) == "59 s"
 
 

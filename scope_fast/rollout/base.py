@@ -90,6 +90,7 @@ class WeightSource(Protocol):
 class RolloutEngine(Protocol):
     """A sampler with weights that can be replaced. One caller at a time, but for `update_weights` of a vLLM server."""
 
+    name: str  # as a configuration's `engine` names it
     changes_transformers: bool  # the classes of transformers' models, in this process: others' models no longer work
 
     @property

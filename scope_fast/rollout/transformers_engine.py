@@ -41,6 +41,7 @@ class _Request:
 class TransformersEngine:
     """`RolloutEngine` on a Hugging Face causal language model, on the GPU where there is one."""
 
+    name = "transformers"
     changes_transformers = False
 
     def __init__(self, model_dir: str, options: EngineOptions | None = None) -> None:

@@ -105,6 +105,8 @@ class VllmEngine:
     On CPU nothing is compiled: vLLM's one torch.compile'd helper would cost the first call 2 s and need a C++ compiler.
     """
 
+    name = "vllm"
+
     def __init__(self, model_dir: str, options: EngineOptions | None = None) -> None:
         vllm = import_vllm()
         options = options or EngineOptions()

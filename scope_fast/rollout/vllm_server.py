@@ -140,6 +140,7 @@ class VllmServerEngine:
     `Rollout.weight_versions` says which tokens are whose.
     """
 
+    name = "vllm_server"
     changes_transformers = False
 
     def __init__(self, model_dir: str, options: EngineOptions | None = None, transfer: Any = None) -> None:
