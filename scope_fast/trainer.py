@@ -6,7 +6,6 @@ torchrun every rank runs it on its share of the step's prompts; the learner and 
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from statistics import fmean
@@ -32,8 +31,6 @@ from scope_fast.scope.trajectory import Prompt, Trajectory
 from scope_fast.teacher import Reply, Request, Teacher, TeacherError, ask, counts_of
 from scope_fast.verifier import Verifier
 
-MOST_TOLD = 5  # reasons for no verdict that are said; all are counted, and in rollouts.jsonl
-
 
 class Trainer:
     """Owns the loop's parts and its step counter; `step()` is one iteration and returns the metrics of it."""
@@ -56,7 +53,6 @@ class Trainer:
         self.sampler, self.token_texts = Sampler(config, tokenizer, data, engine), TokenTexts(tokenizer)
         synchronize = torch.cuda.synchronize if learner.device.type == "cuda" else None
         self.timer, self.counts = Timer(synchronize), Counter[str]()
-        self._told: set[str] = set()  # why there was no verdict
 
     def step(self) -> dict[str, float]:
         """One iteration (design: the loop fits a screen)."""
@@ -95,9 +91,6 @@ class Trainer:
     def _count_verdict(self, verdict) -> None:
         self.counts["verifier/timeouts"] += verdict.status == "timeout"
         self.counts["verifier/crashes"] += verdict.status == "crash"
-        if verdict.status != "ok" and len(self._told) < MOST_TOLD and verdict.reason not in self._told:
-            self._told.add(verdict.reason)
-            print(f"verifier: no verdict on a response: {verdict.reason[:500]}", file=sys.stderr, flush=True)
 
     def localize(self, groups: list[Group], scores: str) -> None:
         """Step probabilities and first errors, where the method (or prm.monitor) asks for them."""
@@ -120,8 +113,8 @@ class Trainer:
         pending = [
             t for t, request, reply in zip(chosen, requests, replies, strict=True) if self._splice(t, request, reply)
         ]
-        texts = [self._response_text(t) for t in pending]
-        for trajectory, verdict in zip(pending, self.verifier.score(list(texts)), strict=True):
+        verdicts = self.verifier.score([self._verifier_item(t) for t in pending])
+        for trajectory, verdict in zip(pending, verdicts, strict=True):
             self._count_verdict(verdict)
             repair, repair.reward = trajectory.repair, verdict.reward
             passed = verdict.reward is not None and verdict.reward > 0.0
@@ -157,7 +150,7 @@ class Trainer:
         self.counts["tokens/teacher"] += len(repair.suffix_ids) - 1
         return True
 
-    def _response_text(self, trajectory: Trajectory) -> tuple[str, dict]:
+    def _verifier_item(self, trajectory: Trajectory) -> tuple[str, dict]:
         kept = trajectory.token_ids[: trajectory.repair.kept_tokens]
         text = self.tokenizer.decode(kept + trajectory.repair.suffix_ids, skip_special_tokens=True)
         return text, trajectory.prompt.entry

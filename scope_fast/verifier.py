@@ -27,6 +27,7 @@ from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any, Literal, NamedTuple
 
 START_TIMEOUT_S = 120.0  # for the imports of the scorer's module
+MOST_TOLD = 5  # distinct reasons for a missing verdict that are printed; every verdict carries its own
 CHUNKS_PER_WORKER = 4  # small enough that slow items spread over the workers, large enough to amortise a message
 
 
@@ -45,8 +46,8 @@ class Verifier:
     score: "module:function" of a `fn(response: str, entry: dict) -> (reward: float, answer: str | None)`, importable
     by a fresh interpreter with this one's sys.path. Use as a context manager, or call `close`.
 
-    Raises ValueError naming the argument for a `score` that cannot be imported, and RuntimeError when a worker
-    dies or takes more than START_TIMEOUT_S before it has imported it.
+    Raises ValueError naming the argument for a `score` that cannot be imported, whatever its module raises then, and
+    RuntimeError when a worker dies or takes more than START_TIMEOUT_S before it has imported it.
     """
 
     def __init__(self, score: str, num_workers: int = 2, timeout_s: float = 5.0) -> None:
@@ -58,6 +59,7 @@ class Verifier:
             raise ValueError(f"score={score!r}: expected 'module:function'")
         self.timeout_s = timeout_s
         self._score = score
+        self._told: set[str] = set()
         self._workers: list[_Worker] = []
         try:
             for _ in range(num_workers):
@@ -79,7 +81,8 @@ class Verifier:
             self._workers.pop().kill()
 
     def score(self, items: list[tuple[str, dict[str, Any]]]) -> list[Verdict]:
-        """One verdict for each (response, entry), in order."""
+        """One verdict for each (response, entry), in order. Why items got none is printed, the first MOST_TOLD reasons
+        of this verifier's life."""
         if not self._workers:
             raise RuntimeError("the verifier is closed")
         verdicts: dict[int, Verdict] = {}
@@ -93,7 +96,12 @@ class Verifier:
         except BaseException:  # a worker left in the middle of its chunk would answer the next call with it
             self.close()
             raise
-        return [verdicts[index] for index in range(len(items))]
+        in_order = [verdicts[index] for index in range(len(items))]
+        for verdict in in_order:
+            if verdict.status != "ok" and len(self._told) < MOST_TOLD and verdict.reason not in self._told:
+                self._told.add(verdict.reason)
+                print(f"verifier: no verdict on a response: {verdict.reason[:500]}", file=sys.stderr, flush=True)
+        return in_order
 
     def _hand_out(self, chunks: deque[list]) -> None:
         for slot, worker in enumerate(self._workers):
@@ -210,8 +218,8 @@ def _serve(connection: Connection) -> None:
     module, _, name = score.partition(":")
     try:
         function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        connection.send(f"{type(error).__name__}: {error}")
+    except Exception as error:  # noqa: BLE001 - foreign code runs when its module is imported
+        connection.send(_in_words(error))
         return
     connection.send(None if callable(function) else f"{name} is a {type(function).__name__}, not a function")
     while True:
@@ -234,14 +242,21 @@ def _score_one(function: Callable, response: str, entry: dict[str, Any]) -> tupl
     try:
         result = function(response, entry)
     except Exception as error:  # noqa: BLE001 - foreign code: whatever it raises is the verdict on this item
-        *_, last = traceback.extract_tb(error.__traceback__)
-        return None, "crash", None, f"{type(error).__name__}: {error} ({os.path.basename(last.filename)}:{last.lineno})"
+        return None, "crash", None, _in_words(error)
     if not isinstance(result, tuple) or len(result) != 2:
         return None, "crash", None, f"the scorer returned {result!r}, expected (reward, answer)"
     reward, answer = result
     if not isinstance(reward, numbers.Real) or not math.isfinite(reward):
         return None, "crash", None, f"reward {reward!r} is not a finite number"
     return float(reward), "ok", None if answer is None else str(answer), None
+
+
+def _in_words(error: Exception) -> str:
+    """What was raised, and where: a message of foreign code says little without its file and line."""
+    ours = (__file__, importlib.__file__)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(("<frozen", *ours))]
+    where = f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{where}"
 
 
 if __name__ == "__main__":

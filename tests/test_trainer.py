@@ -157,13 +157,10 @@ def test_a_hanging_and_a_crashing_verifier_leave_no_reward_behind(stack, tmp_pat
     funnel(metrics)
 
 
-def test_why_there_was_no_verdict_is_said_a_few_times(stack, tmp_path, capfd):
-    """Each of 40 responses makes a reason of its own."""
+def test_every_response_may_lack_a_verdict(stack, tmp_path):
     trainer = make(stack, tmp_path)
     trainer.verifier = stack.enter_context(Verifier("fixtures.scorers:parses", 2))
     assert trainer.step()["verifier/crashes"] == 40
-    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("verifier: no verdict")]
-    assert len(said) == 5 and all("ValueError: invalid literal for int()" in line for line in said)
     assert {record["verdict_reason"][-15:] for record in records(trainer)} == {"(scorers.py:11)"}
 
 

@@ -42,6 +42,9 @@ def act(response, entry):
         time.sleep(60)
     return 1.0, response
 
+def number(response, entry):
+    raise ValueError(f"no number: {response!r}")
+
 def pid(response, entry):
     return float(os.getpid()), None
 
@@ -202,6 +205,31 @@ def test_a_wrong_import_path_names_the_argument(score, message):
 def test_what_is_not_a_function_is_refused(scorers):
     with pytest.raises(ValueError, match=f"score='{scorers}:not_callable': not_callable is a int, not a function"):
         Verifier(f"{scorers}:not_callable")
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("import math\n\nTABLE = {}['k']\n", r"KeyError: 'k' \(fails.py:3\)"),
+        ("def score(response, entry)\n", r"SyntaxError: expected ':' \(fails.py, line 1\)$"),
+    ],
+)
+def test_what_a_module_raises_on_import_is_said(tmp_path, monkeypatch, code, message):
+    (tmp_path / "fails.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ValueError, match=f"score='fails:score': {message}"):
+        Verifier("fails:score")
+
+
+def test_the_first_reasons_are_printed_once(scorers, capfd):
+    """Forty responses that fail in as many ways, then one of those again."""
+    with Verifier(f"{scorers}:number") as verifier:
+        verdicts = verifier.score(items(*(f"x{i}" for i in range(40))))
+        verifier.score(items("x0"))
+    assert {verdict.status for verdict in verdicts} == {"crash"}
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("verifier: no verdict")]
+    assert len(said) == 5
+    assert said[0] == f"verifier: no verdict on a response: ValueError: no number: 'x0' ({scorers}.py:34)"
 
 
 def test_a_scorer_that_dies_on_import_is_an_error_not_an_endless_restart(tmp_path, monkeypatch):
