@@ -42,7 +42,11 @@ def build(config: Config, stack: ExitStack, between: Callable[[], None] = lambda
         raise ValueError(
             f"rollout.prompts_per_step={config.rollout.prompts_per_step}: at least one for each of {ranks} ranks"
         )
-    check_server_gpus(config, ranks)
+    if config.rollout.server_gpus and ranks > 1:
+        raise ValueError(
+            f"rollout.server_gpus: each of {ranks} ranks would start a server on them; start one and name it as "
+            "rollout.server_url"
+        )
     if config.learner.cpu_offload and ranks == 1:
         raise ValueError("learner.cpu_offload: it is FSDP2's of sharded weights, and one process has none")
     if config.logging.wandb_project and distributed.is_main():
@@ -98,24 +102,6 @@ def build(config: Config, stack: ExitStack, between: Callable[[], None] = lambda
     )
     learner.check()  # beside all engines
     return trainer
-
-
-def check_server_gpus(config: Config, ranks: int) -> None:
-    """ValueError for devices that several servers would share, or of which NCCL could not make ranks: 0 is the
-    learner's."""
-    gpus, by_nccl = config.rollout.server_gpus or [], config.rollout.transfer in ("auto", "nccl")
-    if gpus and ranks > 1:
-        raise ValueError(
-            f"rollout.server_gpus: each of {ranks} ranks would start a server on them; start one and name it as "
-            "rollout.server_url"
-        )
-    if len(set(gpus)) < len(gpus) or min(gpus, default=0) < 0:
-        raise ValueError(f"rollout.server_gpus={gpus}: expected devices from 0 on, each once")
-    if 0 in gpus and by_nccl:
-        raise ValueError(
-            f"rollout.server_gpus={gpus}: 0 is the learner's, and NCCL takes a GPU once; take others, leave "
-            "server_gpus out (the server shares the learner's then), or set rollout.transfer: shm"
-        )
 
 
 def check_sampled_by(engine: str, student) -> None:

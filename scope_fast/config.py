@@ -1,6 +1,6 @@
 """Configuration: typed, validated, one class per room. How files and `--dotted.key value` get here: config_files.py.
 
-Leaf module. Every choice the sources leave open is a field whose description says "our reading; not stated in the
+Every choice the sources leave open is a field whose description says "our reading; not stated in the
 sources" (SCOPE, arXiv 2602.24110, as far as its text was available to us).
 """
 
@@ -19,7 +19,7 @@ from scope_fast.batch import LossOptions
 OURS = "our reading; not stated in the sources"
 
 Positive = Annotated[int, Field(ge=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**20)]  # Random(-n) is Random(n), and seeds are spread by a million each
+Seed = Annotated[int, Field(ge=0, lt=2**20)]  # Random(-n) is Random(n); every seed has a million numbers of its own
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Source = Annotated[str, AfterValidator(expanduser)]  # a file, a folder or a hub name; no shell expands a file's ~
 Style = Literal["plain", "swapped", "worded"]  # tasks.STYLES
@@ -114,7 +114,7 @@ class Rollout(_Section):
         description="CUDA devices of a server started here, as this process counts them; None: the learner's GPU",
     )
     server_workers: Positive = Field(1, description="of the server at server_url, where nccl carries the weights")
-    transfer: Literal["auto", "shm", "ipc", "nccl"] = Field("auto", description="carries a server's weights")
+    transfer: Literal["auto", "shm", "ipc", "nccl"] = Field("auto", description="what carries the weights to a server")
     transfer_address: str = Field("127.0.0.1", description="nccl: of this machine as the server reaches it")
     overlap: Literal["none", "one_step"] = Field(
         "none", description="one_step: the next step's rollouts run while this one is learned from (sampler.py)"
@@ -125,7 +125,9 @@ class Rollout(_Section):
     prompts_per_step: Positive = 16
     group_size: int = Field(8, ge=2, description="rollouts per prompt, G")
     temperature: float = Field(1.0, gt=0)
-    top_p: float = Field(1.0, gt=0, le=1.0, description="keep 1.0: the learner's logprobs know no nucleus")
+    top_p: float = Field(
+        1.0, gt=0, le=1.0, description="keep 1.0: the learner's log-probabilities are those of the full distribution"
+    )
     max_tokens: Positive = 128
     context: Positive = Field(256, description="prompt and response together; longer prompts are skipped and counted")
     max_num_seqs: Positive = Field(256, description="most sequences the engine decodes at once")
@@ -137,6 +139,13 @@ class Rollout(_Section):
         0, description="vLLM's, while the learner has the GPU: 1 frees its cache, 2 its weights too"
     )
     num_threads: Positive | None = Field(None, description="torch's threads while sampling on CPU; None: all")
+
+    @field_validator("server_gpus")
+    @classmethod
+    def _each_once(cls, gpus: list[int] | None) -> list[int] | None:
+        if gpus is not None and (len(set(gpus)) < len(gpus) or min(gpus) < 0):
+            raise ValueError("expected devices from 0 on, each once")
+        return gpus
 
 
 class Verifier(_Section):
@@ -276,7 +285,9 @@ class Loss(_Section):
     )
     logits_dtype: Literal["float32", "bfloat16"] = "float32"
     chunk_tokens: int | None = None
-    backend: Literal["reference", "triton", "cpu"] | None = None
+    backend: Literal["reference", "triton", "cpu"] | None = Field(
+        None, description="None: the fastest there is for each op (ops/dispatch.py), csrc/cuda's among them"
+    )
 
     def options(self, temperature: float) -> LossOptions:
         """The op's options; advantage-weighted likelihood is folded into the weights, so it is "constant" there."""
@@ -400,6 +411,16 @@ class Config(_Section):
             )
         if self.rollout.server_url is not None and self.rollout.server_gpus is not None:
             raise ValueError("rollout.server_gpus: the server at rollout.server_url has its own")
+        if self.rollout.server_workers > 1 and self.rollout.server_url is None:
+            raise ValueError(
+                "rollout.server_workers: of the server at rollout.server_url; one started here has a worker for each "
+                "of rollout.server_gpus"
+            )
+        if 0 in (self.rollout.server_gpus or ()) and self.rollout.transfer in ("auto", "nccl"):
+            raise ValueError(
+                f"rollout.server_gpus={self.rollout.server_gpus}: 0 is the learner's, and NCCL takes a GPU once; take "
+                "others, leave server_gpus out (the server shares the learner's then), or set rollout.transfer: shm"
+            )
         if self.rollout.sleep_level and self.rollout.engine in ("vllm_server", "transformers"):
             raise ValueError(f"rollout.sleep_level: only vLLM in this process sleeps, not {self.rollout.engine}")
         if self.loss.kl != "none" and self.loss.kl_coef == 0.0:

@@ -201,7 +201,7 @@ class PromptSource:
         self.cursor = 0
 
     def next(self, count: int) -> list[Prompt]:
-        """The next `count` usable prompts. ValueError if thousands in a row are not."""
+        """The next `count` usable prompts. ValueError if 1000 rows a prompt were not enough."""
         prompts: list[Prompt] = []
         tried = 0
         while len(prompts) < count:

@@ -2,7 +2,7 @@
 
 The unit is a problem: every estimator gives one number a problem, and intervals come from drawing problems again with
 replacement (Efron's percentile bootstrap), since the samples of one problem are no independent evidence. Where all
-problems agree the interval is a point: the bootstrap knows of no problem but those it has.
+draws agree there is no interval: the bootstrap knows no problems but those it has.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _check_k(k: int, num_samples: int) -> None:
 
 
 class Estimate(NamedTuple):
-    """A value and its confidence interval; low and high are None for a single problem, which says nothing of others."""
+    """A value and its 95 % interval; low and high are None for a single problem, and where all draws agree."""
 
     value: float
     low: float | None
@@ -103,13 +103,12 @@ def point(values: Sequence[float], weights: Sequence[float] | None = None, *, st
     return float(_statistic(value[None], weight[None], statistic)[0])
 
 
-def estimate(value: float, drawn: np.ndarray, num_problems: int, confidence: float = 0.95) -> Estimate:
+def estimate(value: float, drawn: np.ndarray, num_problems: int) -> Estimate:
     """A value with the percentile interval of its bootstrap draws; none where all draws agree: of what varies nowhere,
     or hardly anywhere, it would claim certainty."""
     if num_problems < 2 or np.isnan(drawn).all() or np.nanmin(drawn) == np.nanmax(drawn):
         return Estimate(value, None, None)
-    tail = 50.0 * (1.0 - confidence)
-    low, high = np.nanpercentile(drawn, [tail, 100.0 - tail])
+    low, high = np.nanpercentile(drawn, [2.5, 97.5])
     return Estimate(value, float(low), float(high))
 
 

@@ -27,7 +27,8 @@ from scope_fast.progress import StepDisplay
 
 @dataclass(frozen=True)
 class Metric:
-    """unit: "share" (of 1), "nats", "tokens", "steps", "s", "count", "ratio", "rate", "loss" or "reward"."""
+    """unit: "share" (of 1), "nats", "tokens", "steps", "s", "count", "ratio", "rate", "loss", "reward" or
+    "updates"."""
 
     unit: str
     description: str

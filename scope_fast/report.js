@@ -6,11 +6,12 @@ function drawOverview() {
     el('div', 'tile', el('div', 'label', label), el('div', 'value', value), el('div', 'note', note))));
   document.getElementById('config').textContent = RUN.config;
   const { failed, selected, repaired, accepted, rejected, errors } = RUN.totals;
-  const notes = { failed: 'rollouts with reward 0', selected: 'by score, within the budget', repaired: `${errors} teacher errors`,
+  const most = Math.max(failed, selected, 1); // sft has every group's worst rollout repaired, failed or not
+  const notes = { failed: 'rollouts without a reward above 0', selected: 'chosen for repair', repaired: `${errors} teacher errors`,
     accepted: `right after repair; ${rejected} rejected` };
   const bars = Object.entries({ failed, selected, repaired, accepted }).map(([name, count], i) => {
     const fill = el('div', 'fill');
-    fill.style.width = `calc((100% - 265px) * ${failed ? count / failed : 0})`;
+    fill.style.width = `calc((100% - 265px) * ${count / most})`;
     fill.style.background = `var(--c${i + 1})`;
     fill.hidden = !count; // else its least width would show
     return el('div', 'bar', el('span', '', name), el('div', 'track', fill, el('b', '', count.toLocaleString('en')), notes[name]));

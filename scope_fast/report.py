@@ -7,8 +7,9 @@ its content-security policy lets no script but its own run, whatever a model wro
 A line of rollouts.jsonl is one rollout:
     {"step": int, "prompt_id": str, "task": str, "group": int, "sample": int, "prompt": str, "answer": str,
      "prompt_ids": [int], "response": str, "response_ids": [int], "tokens": [str] (text of each response token),
-     "logprobs": [float] (the engine's), "reward": 0.0 | 1.0 | null, "verdict": "ok" | "timeout" | "crash",
-     "finish_reason": "stop" | "length", "weight_version": int, "weight_versions": [[version, start, end], ...] | null,
+     "logprobs": [float] (the engine's), "reward": float | null, "verdict": "ok" | "timeout" | "crash",
+     "verdict_reason": str | null, "finish_reason": "stop" | "length", "weight_version": int,
+     "weight_versions": [[version, start, end], ...] | null,
      "steps": [[start, end], ...] (token spans) | null, "step_probs": [float] | null,
      "first_error": int | null (the number of steps where there is none),
      "selection": {"score", "alpha", "beta", "r_step", "r_token"} | null, "selected": bool,
@@ -232,7 +233,7 @@ def compact(record: dict[str, Any]) -> dict[str, Any]:
     """What the page needs of a rollout: ids dropped, numbers shortened, per-token streams as [value, run length]."""
     keep = ("step", "prompt_id", "task", "group", "sample", "prompt", "answer", "tokens", "reward", "verdict")
     keep += ("finish_reason", "weight_version", "steps", "first_error", "selected")
-    result = {key: record[key] for key in keep}
+    result = {key: record[key] for key in keep} | {"verdict_reason": record.get("verdict_reason")}  # older runs: none
     result["logprobs"] = [_short(v) for v in record["logprobs"]]
     result["step_probs"] = record["step_probs"] and [_short(v) for v in record["step_probs"]]
     result["selection"] = record["selection"] and {k: _short(v) for k, v in record["selection"].items()}

@@ -21,6 +21,7 @@ function svg(tag, attributes, text) {
 
 function format(value, unit) {
   if (value === null || value === undefined) return '–';
+  if (typeof value === 'string') return value; // "nan", "inf": not JSON's numbers
   if (unit === 'share') return (100 * value).toFixed(Math.abs(value) < 0.1 && value !== 0 ? 2 : 1) + '%';
   const size = Math.abs(value);
   const suffix = unit === 's' ? ' s' : '';

@@ -192,12 +192,12 @@ function scoreLine({ score, alpha, beta, r_step, r_token }) {
 }
 
 function badges(rollout, status) {
-  const badge = (text, extra = '') => el('span', `badge ${extra}`, text);
+  const badge = (text, extra = '', title = '') => Object.assign(el('span', `badge ${extra}`, text), { title: title ?? '' });
   const after = status === 'accepted' ? ` → ${rollout.repair.reward}` : '';
   const reward = rollout.reward === null ? 'no reward' : `reward ${rollout.reward}${after}`;
   return el('div', 'badges', badge(`${STATUS[status][0]} ${STATUS[status][1]}`, `state ${status}`),
     badge(`step ${rollout.step}`), badge(rollout.task), badge(`prompt ${rollout.group} · sample ${rollout.sample}`), badge(reward),
-    rollout.verdict === 'ok' ? null : badge(`verifier: ${rollout.verdict}`, 'alert'),
+    rollout.verdict === 'ok' ? null : badge(`verifier: ${rollout.verdict}`, 'alert', rollout.verdict_reason),
     rollout.finish_reason === 'length' ? badge('truncated', 'alert') : null, badge(`weights ${rollout.weight_version}`));
 }
 

@@ -59,7 +59,7 @@ def load_suite(path: str, local: str | None = None) -> Suite:
     if not isinstance(raw, dict):
         raise ValueError(f"{file}: expected a mapping with benchmarks, got {type(raw).__name__}")
     try:
-        suite = Suite(**{key: value for key, value in raw.items() if not key.startswith(".")})
+        suite = Suite(**{key: value for key, value in raw.items() if not str(key).startswith(".")})
     except ValidationError as error:
         problems = [f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors()]
         raise ValueError(f"{file}: {'; '.join(problems)}") from None

@@ -4,7 +4,8 @@ Without arguments it runs configs/quickstart.yaml. A run directory holds config.
 tensorboard/, checkpoints/step_N, export/ (a Hugging Face folder) and report.html.
 
 `torchrun --nproc-per-node N -m scope_fast.train ...` runs the same on N ranks: the learner is sharded over them, each
-samples its share of the prompts with an engine of its own, rank 0 writes and speaks (a rank says what ends it).
+samples its share of the prompts with an engine of its own, rank 0 writes the files and prints (any rank prints the
+error that ends it).
 
 Exit status: 0 when the run is done, or was stopped by SIGTERM or Ctrl-C with a checkpoint; 1 when it cannot go on (a
 full disk, updates that keep failing, an error in a step) or a replay differs; 2 for what is asked for and cannot be.
@@ -43,8 +44,12 @@ USAGE = (
 
 @record  # under torchrun the reason of the rank that failed first goes on top
 def main(argv: list[str] | None = None) -> int:
-    distributed.claim_gpu()
     config, resume, dry_run, source = parse(argv)
+    try:
+        distributed.claim_gpu()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
     with distributed.process_group(config.distributed.timeout_s):
         console.quiet = not distributed.is_main()
         return run(config, resume, dry_run, source)

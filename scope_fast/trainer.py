@@ -191,7 +191,7 @@ class Trainer:
             health.keep_failed(self.config.run_dir, self.done, [every[key] for key in sorted(every)])
 
     def pass_rate(self, prompts: list[Prompt], samples: int, temperature: float) -> tuple[float, int]:
-        """Share of verified samples that pass, and how many got no verdict. RuntimeError when none got one."""
+        """Share of verified samples that pass, and how many got no verdict. health.Unhealthy when none did."""
         mine = prompts[distributed.rank() :: distributed.world_size()]
         sampling = Sampling(temperature, 1.0, self.config.rollout.max_tokens, (self.tokenizer.eos_token_id,))
         seeds = [[seed_of("heldout", p.id, i) for i in range(samples)] for p in mine]

@@ -159,6 +159,7 @@ def build_tokenizer(config: cfg.Config):
 
 
 def _take(iterator: Iterator, count: int) -> Iterator:
+    # draws one item more than it yields; the shipped models were made so, and islice would make others
     return (item for item, _ in zip(iterator, range(count), strict=False))
 
 

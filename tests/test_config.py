@@ -72,6 +72,18 @@ def test_unknown_keys_name_the_nearest(key, message):
             "{engine: vllm_server, server_url: 'http://a:1', server_gpus: [0]}",
             "rollout.server_gpus: the server at rollout.server_url has its own",
         ),
+        ("rollout", "{engine: vllm_server, server_gpus: [1, 1]}", "rollout.server_gpus: expected devices from 0 on"),
+        ("rollout", "{engine: vllm_server, server_gpus: [-3]}", "each once, got [-3]"),
+        (
+            "rollout",
+            "{engine: vllm_server, server_gpus: [0, 1]}",
+            "rollout.server_gpus=[0, 1]: 0 is the learner's, and NCCL takes a GPU once",
+        ),
+        (
+            "rollout",
+            "{engine: vllm_server, server_workers: 2}",
+            "rollout.server_workers: of the server at rollout.server_url",
+        ),
         ("learner.betas", "[0.9, 1.5]", "learner.betas"),
         ("loss.kl", "k3", "loss.kl=k3 without loss.kl_coef would do nothing"),
         ("out", "runs/{metod}", "out='runs/{metod}': only {method} and {seed} are filled in"),

@@ -105,6 +105,10 @@ def test_a_rank_without_a_gpu_is_told(monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES=0,1: no GPU for local rank 2"):
         distributed.claim_gpu()
+    result = subprocess.run(
+        [sys.executable, "-m", "scope_fast.train", "--dry-run"], capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 2 and result.stderr == "error: CUDA_VISIBLE_DEVICES=0,1: no GPU for local rank 2\n"
 
 
 def ranks_of(launcher: int) -> dict[int, int]:

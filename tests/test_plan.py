@@ -134,7 +134,9 @@ def test_what_is_elsewhere_or_not_asked_takes_no_memory():
     for away in ({"rollout.server_url": "http://node:8000"}, {"rollout.server_gpus": [1]}):
         config = configured(**gpu, **away, **{"rollout.engine": "vllm_server"})
         assert plan.memory(config, SIZES, ranks=1).engine == 0
-    shared = configured(**gpu, **{"rollout.engine": "vllm_server", "rollout.server_gpus": [0, 1]})
+    shared = configured(
+        **gpu, **{"rollout.engine": "vllm_server", "rollout.server_gpus": [0, 1], "rollout.transfer": "shm"}
+    )
     assert plan.memory(shared, SIZES, ranks=1).engine == pytest.approx(0.4 * 40 * GIB)
     assert plan.memory(configured(**gpu, **{"rollout.engine": "transformers"}), SIZES, ranks=1).engine == 0
     prm = {"prm.kind": "qwen2.5-math-prm", "prm.path": "nowhere", "prm.monitor": False, "teacher.kind": "model"}

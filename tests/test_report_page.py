@@ -202,7 +202,15 @@ def test_survives_the_odd_rollouts(browser, tmp_path):
         record(
             sample=1, tokens=[], response="", response_ids=[], logprobs=[], steps=[], step_probs=None, first_error=None
         ),
-        record(sample=2, steps=None, step_probs=None, first_error=None, reward=None, verdict="crash"),
+        record(
+            sample=2,
+            steps=None,
+            step_probs=None,
+            first_error=None,
+            reward=None,
+            verdict="crash",
+            verdict_reason="KeyError: 'k'",
+        ),
         record(sample=3, step_probs=[None], first_error=None, reward=1.0),
         record(sample=4, step_probs=[0.9], first_error=1, finish_reason="length"),
         record(sample=5, repair=repair("accepted", kept_tokens=0), trained=trained),
@@ -213,6 +221,7 @@ def test_survives_the_odd_rollouts(browser, tmp_path):
             sample=7, repair=repair("error", suffix_ids=[], suffix_tokens=[], suffix="", reward=None, reason="late")
         ),
         record(sample=8, trained=trained),
+        record(sample=9, trained={**trained, "segment": [1, 1], "advantage": ["nan", "-inf"]}),
     ]
     run_with(tmp_path, odd)
     browser.problems.clear()
@@ -226,6 +235,7 @@ def test_survives_the_odd_rollouts(browser, tmp_path):
     assert browser.evaluate("document.title").endswith("scope_fast")
     assert "Empty completion." in shown(1)
     assert "verifier: crash" in shown(2) and "no reward" in shown(2)
+    assert browser.evaluate("document.querySelector('.badge.alert').title") == "KeyError: 'k'"
     assert "1 · –" in shown(3)  # noqa: RUF001
     assert "No step is marked wrong, but the answer is" in shown(4) and "truncated" in shown(4)
     whole = shown(5)
@@ -233,4 +243,19 @@ def test_survives_the_odd_rollouts(browser, tmp_path):
     assert "loose text" in shown(6) and "repaired, rejected (reward 1): no way" in shown(6)
     assert "The teacher gave no suffix." in shown(7) and "teacher error: late" in shown(7)
     assert "Trained instead" in shown(8) and "likelihood, NLL weight 0.500" in shown(8)
+    shown(9)
+    browser.point(".side.repaired .tok")
+    assert "advantagenan" in texts(browser, "#tip")[0]
     assert browser.problems == []
+
+
+def test_a_funnel_of_repairs_of_right_rollouts_fits(browser, tmp_path):
+    """sft has one rollout of every group repaired, whether any failed or not."""
+    counts = {"scope/failed": 2, "scope/selected": 8, "scope/repaired": 8, "scope/accepted": 4}
+    run_with(tmp_path, [], [{"step": 1, **counts}])
+    browser.open(f"file://{report.write_report(tmp_path)}")
+    widths = browser.evaluate(
+        "[...document.querySelectorAll('#funnel .fill')].map((f) => f.getBoundingClientRect().width)"
+    )
+    assert widths[1] == widths[2] and abs(widths[0] - widths[1] / 4) < 0.1 and abs(widths[3] - widths[1] / 2) < 0.1
+    assert browser.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")

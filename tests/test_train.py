@@ -366,14 +366,6 @@ def test_what_is_not_there_shows_before_a_model_is_loaded(settings, where, tmp_p
     [
         (["--loss.backend", "triton"], "loss.backend=triton: "),
         (["--learner.cpu_offload", "true"], "learner.cpu_offload: it is FSDP2's of sharded weights"),
-        (
-            ["--rollout.engine", "vllm_server", "--rollout.server_gpus", "[0, 1]"],
-            "rollout.server_gpus=[0, 1]: 0 is the learner's, and NCCL takes a GPU once",
-        ),
-        (
-            ["--rollout.engine", "vllm_server", "--rollout.server_gpus", "[1, 1]"],
-            "rollout.server_gpus=[1, 1]: expected devices from 0 on, each once",
-        ),
         (["--logging.wandb_project", "p"], "W&B logging needs the wandb package: pip install 'scope-fast[wandb]'"),
     ],
 )

@@ -76,7 +76,7 @@ def validate_streams(
         if value.device != device:
             raise ValueError(f"{name} is on {value.device}, {like} on {device}")
         if name not in ("target", "segment") and value.dtype not in STREAM_DTYPES:
-            raise ValueError(f"{name} is {value.dtype}: expected torch.float32")
+            raise ValueError(f"{name} is {value.dtype}: expected torch.float32 or torch.float64")
     if streams.segment.dtype != torch.uint8:
         raise ValueError(f"segment is {streams.segment.dtype}: expected torch.uint8")
     active = streams.active

@@ -274,7 +274,9 @@ def _create_shared_file(num_bytes: int) -> str:
     except OSError as error:
         os.unlink(path)
         raise OSError(
-            error.errno, f"{folder} cannot hold {num_bytes} bytes of weights in flight; lower bucket_bytes", path
+            error.errno,
+            f"{folder} cannot hold {num_bytes} bytes of weights in flight; make it larger (a container's: --shm-size)",
+            path,
         ) from error
     finally:
         os.close(descriptor)
