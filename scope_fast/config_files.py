@@ -31,16 +31,16 @@ def load(path: str | Path | None = None, overrides: Iterable[tuple[str, str]] = 
     FileNotFoundError when `path` is neither a file nor the name of a preset.
     """
     file = find(path)
-    raw = _parse(file.read_text(encoding="utf-8"), str(file)) or {}
+    raw = parse_yaml(file.read_text(encoding="utf-8"), str(file)) or {}
     if not isinstance(raw, dict):
         raise ValueError(f"{file}: expected a mapping of keys, got {type(raw).__name__}")
     for key, text in overrides:
-        _set(raw, key, _parse(text, f"--{key}"))
+        _set(raw, key, parse_yaml(text, f"--{key}"))
     _reject_unknown(raw, Config, "")
     try:
         config = Config(**raw)
     except ValidationError as error:
-        raise ValueError(_explain(error)) from None
+        raise ValueError(explain(error)) from None
     if config.model.dtype != "auto":
         return config
     return config.model_copy(update={"model": config.model.model_copy(update={"dtype": native_dtype()})})
@@ -90,7 +90,8 @@ def find(path: str | Path | None, kind: str = "") -> Path:
     raise FileNotFoundError(f"no configuration file {name}; presets: {presets}")
 
 
-def _parse(text: str, where: str) -> Any:
+def parse_yaml(text: str, where: str) -> Any:
+    """ValueError naming `where` the text comes from if it is no YAML."""
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -142,7 +143,8 @@ def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
     return keys
 
 
-def _explain(error: ValidationError) -> str:
+def explain(error: ValidationError) -> str:
+    """What is wrong with each key, what was given, and what may have been meant."""
     parts = []
     for problem in error.errors():
         where = ".".join(str(part) for part in problem["loc"])

@@ -15,26 +15,26 @@ scorecard.py says what is measured.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from rich.console import Console
+from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from scope_fast import checkpoint, diversity, warm_start
-from scope_fast.build import engine_options, load_student, role_folder
+from scope_fast import checkpoint, diversity, environment
+from scope_fast.build import engine_options, load_student, load_tokenizer, role_folder
 from scope_fast.config import Config
-from scope_fast.config_files import load, overrides
 from scope_fast.data import Encoder, GymTasks, Table, check_answers, usable
+from scope_fast.evaluate_request import Request, parse
+from scope_fast.loading import loading
 from scope_fast.prm.load import make_scorer
 from scope_fast.prm.scorers import ExactScorer, StepScorer
 from scope_fast.progress import progress_bars
@@ -46,12 +46,9 @@ from scope_fast.scope.steps import TokenBytes, split_steps
 from scope_fast.scope.trajectory import Prompt, Trajectory
 from scope_fast.scorecard import Result, average, score_benchmark, tables
 from scope_fast.sources import read_rows
-from scope_fast.suite import Suite, dotted, is_of_a_benchmark, load_suite
-from scope_fast.tasks import GENERATORS, TASKS
+from scope_fast.tasks import TASKS
 from scope_fast.verifier import Verifier
 
-USAGE = "python -m scope_fast.evaluate MODEL_OR_RUN [options] [--dotted.key value ...]"
-KS = (1, 4, 8)
 SIMILARITY = {
     "diversity/self_bleu": ("sacrebleu", diversity.self_bleu),
     "diversity/self_rouge": ("rouge_score", diversity.self_rouge),
@@ -73,35 +70,13 @@ class Job:
     group: str | None = None
 
 
-@dataclass(frozen=True)
-class Request:
-    """A command line, understood. run: the run directory, if that is what was named; step: of its checkpoint."""
-
-    folder: str
-    run: Path | None
-    step: int | None
-    config: Config
-    suite: Suite | None
-    ks: tuple[int, ...]
-    samples: int | None
-    temperature: float
-    prompts: int | None
-    own_data: bool
-    tasks: tuple[str, ...]
-    prm: str | None
-    json: Path | None
-    least_samples: int = 0  # what a --k that was asked for needs, whatever a benchmark's own number is
-
-
 def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     disable_progress_bar()  # of transformers' loading
     with ExitStack() as stack:
         try:
-            request = parse(arguments)
-            if request.step is not None:
-                made = Path(stack.enter_context(TemporaryDirectory(prefix="scope_fast_evaluate_")))
-                request = replace(request, folder=str(export_step(request, made)))
+            request = parse(arguments, __doc__)
+            request = replace(request, folder=model_folder(request, stack))
             evaluator = Evaluator(request, stack)
         except (ValueError, OSError, ImportError) as error:
             console.print(f"error: {error}", markup=False, soft_wrap=True)
@@ -116,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
         console.print(line, markup=False, soft_wrap=True)
     if request.json is not None:
         request.json.parent.mkdir(parents=True, exist_ok=True)
-        request.json.write_text(json.dumps(record(request, results, averages), indent=1) + "\n", encoding="utf-8")
+        request.json.write_text(json.dumps(record(evaluator, results, averages), indent=1) + "\n", encoding="utf-8")
         console.print(f"written: {request.json}", markup=False, soft_wrap=True)
     return 0
 
@@ -125,123 +100,25 @@ def _members(results: list[Result], group: str) -> list[Result]:
     return [result for result in results if result.group == group]
 
 
-def parse(arguments: list[str]) -> Request:
-    """A command line, validated. ValueError, or FileNotFoundError, for what cannot be; --help exits."""
-    parser = argparse.ArgumentParser(
-        usage=USAGE, description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--task", help="of the suite's benchmarks, or of reasoning-gym's tasks, only these: a,b")
-    add("--k", help=f"k of pass@k and maj@k, say 1,4,8 (default: {','.join(map(str, KS))})")
-    add("--step", type=int, help="of a run directory: the checkpoint of that step, in the place of its export")
-    add("--samples", type=int, help="responses to a problem (default: the suite's, or the largest k)")
-    add("--temperature", type=float, help="(default: evaluation.temperature)")
-    add(
-        "--prompts",
-        type=int,
-        help="most problems of each benchmark of --suite, or of --data.path (default: all rows); with neither, of all "
-        "tasks together (default: evaluation.prompts)",
-    )
-    add("--engine", help="auto, vllm or transformers (default: rollout.engine)")
-    add("--seed", type=int, help="of the samples and of the bootstrap")
-    add(
-        "--prm",
-        help="folder or hub name of a process reward model for the near-miss share (default: embedded tasks' own "
-        "checkers); --prm.kind says of which kind it is: with exact, and by default, a token classifier",
-    )
-    add("--suite", help="a suite's YAML file or preset, say eval/paper; it says data.* and verifier.score itself")
-    add("--data-dir", help="read the suite's benchmarks from files NAME.jsonl or NAME.parquet of this folder")
-    add("--json", type=Path, help="where the results go (default: in the run directory, see above)")
-    if arguments and arguments[0] in ("-h", "--help"):
-        parser.print_help()
-        raise SystemExit(0)
-    if not arguments or arguments[0].startswith("-"):
-        raise ValueError(f"usage: {USAGE}")
-    options, rest = parser.parse_known_args(arguments[1:])
-    if options.data_dir and not options.suite:
-        raise ValueError("--data-dir holds the files of a suite: name it with --suite")
-    suite = load_suite(options.suite, options.data_dir) if options.suite else None
-    pairs = overrides(rest)
-    for key, _ in pairs if suite else ():
-        if is_of_a_benchmark(key):
-            raise ValueError(f"--{key}: every benchmark of --suite {options.suite} has its own; change it in the file")
-    named = {"rollout.engine": options.engine, "seed": options.seed, "evaluation.temperature": options.temperature}
-    pairs += [(key, str(value)) for key, value in named.items() if value is not None]
-    pairs += [("prm.path", json.dumps(options.prm))] if options.prm is not None else []
-    run, folder, base = locate(arguments[0], options.step)
-    config = load(base, [*(dotted(suite.config) if suite else ()), *pairs])
-    own_data = suite is None and "data.path" not in dict(pairs)
-    parts = ["evaluation"] if own_data else ["evaluation", Path(options.suite or config.data.path or "tasks").stem]
-    results = "_".join([*parts, *([] if options.step is None else [f"step_{options.step}"])]) + ".json"
-    return _checked(
-        Request(
-            folder or (str(_tiny(config)) if options.step is None else ""), run, options.step,
-            config, suite, _ks(options.k), options.samples,
-            config.evaluation.temperature, options.prompts, own_data,
-            tuple(name.strip() for name in options.task.split(",")) if options.task else (),
-            options.prm, options.json or (run / results if run else None),
-        )
-    )  # fmt: skip
-
-
-def locate(name: str, step: int | None = None) -> tuple[Path | None, str | None, Path | None]:
-    """(run directory, model folder or hub name, configuration file) of MODEL_OR_RUN; no folder for "tiny", nor for the
-    checkpoint of a step, which `export_step` makes one."""
-    path = Path(name)
-    if step is not None:
-        if not (path / "checkpoints" / f"step_{step}").is_dir():
-            raise ValueError(f"--step {step}: {name} has no checkpoints/step_{step}")
-        return path, None, path / "config.yaml"
-    if (path / "config.yaml").is_file():
-        if not (path / "export" / "config.json").is_file():
-            raise ValueError(f"{name} is a run without an export: it has not finished")
-        return path, str(path / "export"), path / "config.yaml"
-    if not path.exists() and path.parent != Path() and any(path.parent.glob("*/config.yaml")):  # none of the hub's
-        raise ValueError(f"{name}: there is no such run in {path.parent}")
-    if path.exists() and not (path / "config.json").is_file():
-        raise ValueError(f"{name} is neither a run directory (config.yaml) nor a Hugging Face folder (config.json)")
-    return None, None if name == "tiny" else name, None
-
-
-def export_step(request: Request, folder: Path) -> Path:
-    """The Hugging Face folder of a checkpoint, written under `folder`."""
+def model_folder(request: Request, stack: ExitStack) -> str:
+    """The model's folder or hub name. Embedded models are made; of a step's checkpoint, a folder until `stack` ends."""
+    config = request.config
+    if request.step is None:
+        config = config.model_copy(update={"model": config.model.model_copy(update={"path": request.folder})})
     with progress_bars(console) as progress:
-        student = role_folder(request.config, "student", progress)
+        folder = role_folder(config, "student", progress)
+    if request.step is None:
+        return folder
+    made = Path(stack.enter_context(TemporaryDirectory(prefix="scope_fast_evaluate_")))
+    return str(export_step(request, folder, made))
+
+
+def export_step(request: Request, student: str, folder: Path) -> Path:
+    """The Hugging Face folder of a checkpoint, written under `folder`. student: the model it is of."""
     model, tokenizer = load_student(request.config, student), load_tokenizer(student)
     state = checkpoint.load(request.run / "checkpoints" / f"step_{request.step}")
     model.load_state_dict(state["model"])
     return checkpoint.export(folder, model, tokenizer)
-
-
-def _tiny(config: Config) -> Path:
-    with progress_bars(console) as progress:
-        return warm_start.ensure(config, "student", progress)
-
-
-def _ks(text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    if not all(part.strip().isdigit() and int(part) for part in text.split(",")):
-        raise ValueError(f"--k {text}: expected numbers from 1 on, say 1,4,8")
-    return tuple(sorted({int(part) for part in text.split(",")}))
-
-
-def _checked(request: Request) -> Request:
-    """Fills in the defaults of --k, and refuses what cannot be evaluated."""
-    for name in ("samples", "prompts"):
-        if getattr(request, name) is not None and getattr(request, name) < 1:
-            raise ValueError(f"--{name} {getattr(request, name)}: expected at least 1")
-    ks = request.ks or tuple(k for k in KS if request.samples is None or k <= request.samples)
-    if request.samples is not None and request.samples < ks[-1]:
-        raise ValueError(f"--k {ks[-1]} needs at least as many samples, --samples is {request.samples}")
-    known = list(request.suite.benchmarks) if request.suite else sorted(TASKS)
-    for task in request.tasks:
-        if task not in known and (request.suite is not None or task not in GENERATORS):
-            more = "" if request.suite else ", and reasoning-gym's generators"
-            raise ValueError(f"--task {task}: known here: {', '.join(known)}{more}")
-    if request.tasks and request.suite is None and request.config.data.path is not None:
-        raise ValueError("--task names embedded tasks or benchmarks of a suite, and data.path is neither")
-    return replace(request, ks=ks, least_samples=request.ks[-1] if request.ks else 0)
 
 
 class Evaluator:
@@ -250,7 +127,8 @@ class Evaluator:
 
     def __init__(self, request: Request, stack: ExitStack) -> None:
         self.request, self.config = request, request.config
-        self.tokenizer = load_tokenizer(request.folder)
+        with loading("MODEL_OR_RUN", request.folder):
+            self.tokenizer = AutoTokenizer.from_pretrained(request.folder)
         self.jobs = suite_jobs(request, self.tokenizer) if request.suite else plain_jobs(request, self.tokenizer)
         if request.temperature == 0.0 and any(job.samples > 1 for job in self.jobs):
             raise ValueError("temperature 0 draws the same response every time: add --k 1 --samples 1")
@@ -320,16 +198,6 @@ class Evaluator:
         return {"scope/unchecked": unchecked, "scope/empty": empty, "prm/invalid": invalid}
 
 
-def load_tokenizer(folder: str):
-    """ValueError naming the folder or hub name where there is none to be had."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except OSError as error:
-        raise ValueError(f"{folder}: no tokenizer there, nor under that name on the hub: {error}") from error
-
-
 def plain_jobs(request: Request, tokenizer) -> list[Job]:
     """The jobs without a suite: a whole data set, or the held-out prompts of the configuration, one for each task."""
     config, samples = request.config, request.samples or request.ks[-1]
@@ -387,19 +255,18 @@ def similarity() -> dict[str, Callable[[list[str]], float | None]]:
     return {name: function for name, (package, function) in SIMILARITY.items() if find_spec(package) is not None}
 
 
-def record(request: Request, results: list[Result], averages: list[Result]) -> dict:
-    """The JSON file: what was asked, of what, and the estimates."""
-    rollout = request.config.rollout
+def record(evaluator: Evaluator, results: list[Result], averages: list[Result]) -> dict:
+    """The JSON file: what was asked, of what, with what, and the estimates."""
+    request, rollout = evaluator.request, evaluator.config.rollout
     return {
         "model": request.folder if request.step is None else f"{request.run} step {request.step}",
         "seed": request.config.seed,
         "sampling": {
-            "engine": rollout.engine,
             "temperature": request.temperature,
             "top_p": rollout.top_p,
             "max_tokens": rollout.max_tokens,
         },
-        "versions": {name: version(name) for name in ("torch", "transformers")},
+        "environment": environment.now(evaluator.engine.name),
         "benchmarks": {result.name: result.to_json() for result in results},
         "averages": {result.name: result.to_json() for result in averages},
     }

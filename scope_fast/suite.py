@@ -21,7 +21,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from scope_fast.config import Data
-from scope_fast.config_files import find
+from scope_fast.config_files import explain, find, parse_yaml
 
 SUFFIXES = (".jsonl", ".parquet", ".json", ".csv")
 
@@ -52,27 +52,23 @@ def load_suite(path: str, local: str | None = None) -> Suite:
     local: a folder to read every benchmark from, as NAME.jsonl, .parquet, .json or .csv with the hub's columns.
     """
     file = find(path, kind="eval")
-    try:
-        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{file}: not YAML: {error}") from None
+    raw = parse_yaml(file.read_text(encoding="utf-8"), str(file))
     if not isinstance(raw, dict):
         raise ValueError(f"{file}: expected a mapping with benchmarks, got {type(raw).__name__}")
     try:
-        suite = Suite(**{key: value for key, value in raw.items() if not str(key).startswith(".")})
+        suite = Suite(**{str(key): value for key, value in raw.items() if not str(key).startswith(".")})
     except ValidationError as error:
-        problems = [f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors()]
-        raise ValueError(f"{file}: {'; '.join(problems)}") from None
+        raise ValueError(f"{file}: {explain(error)}") from None
     for name, benchmark in suite.benchmarks.items():
         if benchmark.data.path is None:
             raise ValueError(f"{file}: benchmarks.{name}.data.path is missing")
     for key, _ in dotted(suite.config):
-        if is_of_a_benchmark(key):
+        if set_by_benchmark(key):
             raise ValueError(f"{file}: config.{key}: every benchmark has its own data and score; say it there")
     return suite if local is None else _from_folder(suite, Path(local))
 
 
-def is_of_a_benchmark(key: str) -> bool:
+def set_by_benchmark(key: str) -> bool:
     """Whether a configuration key says what a suite's benchmarks say themselves, so that it would change nothing."""
     return key.partition(".")[0] == "data" or key == "verifier.score"
 

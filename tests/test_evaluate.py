@@ -12,9 +12,10 @@ from factories import byte_level
 from tiny_models import make
 from transformers import AutoModelForCausalLM
 
-from scope_fast import checkpoint, evaluate, warm_start
+from scope_fast import checkpoint, convert_gguf, evaluate, warm_start
 from scope_fast.config import Config
 from scope_fast.config_files import load, to_yaml
+from scope_fast.evaluate_request import locate
 from scope_fast.prm import load as prm_load
 from scope_fast.rollout.base import Rollout
 from scope_fast.suite import load_suite
@@ -39,6 +40,7 @@ def model(tmp_path_factory):
 class Scripted:
     """An engine that says what `script` (prompt text, sample) returns."""
 
+    name = "scripted"
     version = 0
 
     def __init__(self, script):
@@ -110,6 +112,7 @@ def test_embedded_tasks_through_the_whole_command(model, scripted, tmp_path, cap
     status, result = run(*arguments, "--rollout.top_p", "0.9", tmp_path=tmp_path)
     assert status == 0
     assert result["sampling"]["temperature"] == 0.7 and result["sampling"]["top_p"] == 0.9
+    assert result["environment"]["engine"] == "scripted" and result["environment"]["torch"] == torch.__version__
     found = values(result, "chain_sum")
     assert found["avg@n"] == found["pass@1"] == 0.25 and found["pass@4"] == 1.0
     assert found["maj@4"] == pytest.approx(1 / 3)  # three different answers, one vote each
@@ -441,6 +444,13 @@ def test_the_embedded_student_by_its_name(model, scripted, tmp_path, monkeypatch
     assert result["averages"]["all"]["problems"] == 4
 
 
+def test_a_converted_model_by_its_name(model, scripted, tmp_path, monkeypatch):
+    monkeypatch.setattr(convert_gguf, "ensure", lambda cache: model)
+    scripted(lambda prompt, sample: "Answer: 1")
+    _, result = run(convert_gguf.NAME, "--k", "1", "--prompts", "2", tmp_path=tmp_path)
+    assert result["model"] == str(model) and result["benchmarks"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -457,6 +467,8 @@ def test_the_embedded_student_by_its_name(model, scripted, tmp_path, monkeypatch
         (["MODEL", "--suite", "eval/paper", "--data.path", "a.jsonl"], "--data.path: every benchmark of --suite"),
         (["MODEL", "--suite", "eval/paper", "--data.dedup=true"], "--data.dedup: every benchmark of --suite"),
         (["MODEL", "--suite", "eval/paper", "--verifier.score", "a:b"], "--verifier.score: every benchmark of --suite"),
+        (["MODEL", "--suite", "eval/paper", "--verifier", "{score: a:b}"], "--verifier.score: every benchmark of"),
+        (["MODEL", "--data", "{path: /nowhere/x.jsonl}"], "error: data.path: there is no file /nowhere/x.jsonl"),
         (["MODEL", "--data-dir", "/nowhere"], "--data-dir holds the files of a suite: name it with --suite"),
         (["MODEL", "--data.path", "x.jsonl", "--task", "chain_sum"], "data.path is neither"),
         (["MODEL", "--temperature", "0"], "temperature 0 draws the same response every time: add --k 1 --samples 1"),
@@ -479,7 +491,7 @@ def test_bad_command_lines_end_with_a_message(arguments, message, model, scripte
 def test_a_run_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/other").mkdir(parents=True)
-    assert evaluate.locate("runs/mine") == (None, "runs/mine", None)  # a name of the hub's, for all that is known
+    assert locate("runs/mine") == (None, "runs/mine", None)  # a name of the hub's, for all that is known
     (tmp_path / "runs/other/config.yaml").write_text("")
     assert evaluate.main(["runs/mine"]) == 2
     assert "error: runs/mine: there is no such run in runs" in capsys.readouterr().out
@@ -506,6 +518,7 @@ def test_a_run_that_has_not_finished_says_so(tmp_path, capsys):
             "config.data.dedup: every benchmark has its own data and score; say it there",
         ),
         ("config: {verifier: {score: x}}\nbenchmarks: {a: {score: 'm:f', data: {path: x}}}", "config.verifier.score"),
+        ("1: x\nbenchmarks: {a: {score: 'm:f', data: {path: x}}}", "1: "),
         ("more: 1\nbenchmarks: {a: {score: 'm:f', data: {path: x}}}", "more: Extra inputs"),
     ],
 )

@@ -22,7 +22,7 @@ LEVELS = [
     "prm sampler",
     "trainer replay warm_start integrations teacher_endpoint",
     "build resume",
-    "train",
+    "train evaluate_request",
     "evaluate",
 ]
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names.split()}
