@@ -20,7 +20,7 @@ from scope_fast.ops import dispatch
 from scope_fast.prm.load import make_scorer
 from scope_fast.progress import console, progress_bars
 from scope_fast.records import RolloutLog
-from scope_fast.rollout import make_engine, vllm_engine
+from scope_fast.rollout import make_engine, vllm_process
 from scope_fast.rollout.base import EngineOptions
 from scope_fast.teacher import ModelTeacher, SolverTeacher, Teacher, check_shared_tokenizer
 from scope_fast.teacher_endpoint import EndpointTeacher
@@ -106,7 +106,7 @@ def build(config: Config, stack: ExitStack, between: Callable[[], None] = lambda
 
 def check_sampled_by(engine: str, student) -> None:
     """ValueError for a mixture of experts and vLLM: what its experts are sent changes nothing, or something else."""
-    if engine == "transformers" or (engine == "auto" and not vllm_engine.is_installed()):
+    if engine == "transformers" or (engine == "auto" and not vllm_process.is_installed()):
         return
     if any("experts" in name and p.dim() == 3 for name, p in student.base_model.named_parameters()):
         raise ValueError(

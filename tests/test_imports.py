@@ -27,7 +27,7 @@ LEVELS = [
 ]
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names.split()}
 
-VLLM_HOMES = {f"rollout.{name}" for name in ("vllm_engine", "vllm_server", "transfer", "weight_sync")}
+VLLM_HOMES = {f"rollout.{name}" for name in ("vllm_process", "vllm_engine", "vllm_server", "transfer", "weight_sync")}
 VLLM_HOMES |= {"prm.vllm_pooling"}
 # A verifier worker imports these: a second of torch in each of them would be paid at every restart.
 WITHOUT_TORCH = {"verifier", "tasks", "answers", "math_answers"}

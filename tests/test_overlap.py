@@ -17,7 +17,7 @@ from scope_fast import checkpoint, train
 from scope_fast.build import build
 from scope_fast.config_files import PRESETS
 from scope_fast.data import PromptSource
-from scope_fast.rollout import Rollout, vllm_engine
+from scope_fast.rollout import Rollout, vllm_process
 from scope_fast.sampler import Sampler
 
 STEPS = 7  # each but the first a chance to meet a response in the middle
@@ -88,7 +88,7 @@ class Gate:
             self.send(weights, version)
 
 
-@pytest.mark.skipif(not vllm_engine.is_installed(), reason="vllm is not installed")
+@pytest.mark.skipif(not vllm_process.is_installed(), reason="vllm is not installed")
 def test_every_token_is_of_the_version_it_says(tmp_path, monkeypatch):
     config = parse(tmp_path / "run")
     config.run_dir.mkdir()

@@ -10,16 +10,24 @@ import torch
 from tiny_models import EOS, VOCAB, make, perturb, response_logits, response_logprobs
 
 from scope_fast import rollout as rollout_package
-from scope_fast.rollout import EngineOptions, Sampling, base, make_engine, transformers_engine, vllm_engine
+from scope_fast.rollout import (
+    EngineOptions,
+    Sampling,
+    base,
+    make_engine,
+    transformers_engine,
+    vllm_engine,
+    vllm_process,
+)
+from scope_fast.rollout.server_process import server_arguments
 from scope_fast.rollout.transformers_engine import TransformersEngine, sample
-from scope_fast.rollout.vllm_server import server_arguments
 
 CONTEXT = 64
 PROMPTS = [[5, 6, 7], [9], [20 + i for i in range(30)], [11, 12]]
 # float32 attention and matmuls of two implementations: 6e-6 was the largest gap measured over 8000 tokens.
 GAP = 2e-5
 
-needs_vllm = pytest.mark.skipif(not vllm_engine.is_installed(), reason="vllm is not installed")
+needs_vllm = pytest.mark.skipif(not vllm_process.is_installed(), reason="vllm is not installed")
 
 # its own file holds a quick round of it
 SERVER = pytest.param("vllm_server", marks=[needs_vllm, pytest.mark.slow])
@@ -327,7 +335,7 @@ def test_transformers_context_is_the_models(model_dir):
 
 
 def test_choice_without_vllm(model_dir, monkeypatch, capsys):
-    monkeypatch.setattr(vllm_engine, "is_installed", lambda: False)
+    monkeypatch.setattr(vllm_process, "is_installed", lambda: False)
     engine = make_engine("auto", model_dir)
     assert isinstance(engine, TransformersEngine)
     printed = capsys.readouterr().out
@@ -341,8 +349,9 @@ def test_a_broken_vllm_is_not_hidden(model_dir, monkeypatch):
     def broken():
         raise ImportError("libfoo.so: cannot open shared object file")
 
-    monkeypatch.setattr(vllm_engine, "is_installed", lambda: True)
-    monkeypatch.setattr(vllm_engine, "import_vllm", broken)
+    monkeypatch.setattr(vllm_process, "is_installed", lambda: True)
+    for module in (vllm_engine, vllm_process):
+        monkeypatch.setattr(module, "import_vllm", broken)
     with pytest.raises(ImportError, match="libfoo"):
         make_engine("auto", model_dir)
 
@@ -351,7 +360,7 @@ def test_a_folder_named_vllm_is_not_vllm(tmp_path, monkeypatch):
     (tmp_path / "vllm").mkdir()
     monkeypatch.setattr("sys.path", [str(tmp_path)])
     monkeypatch.delitem(__import__("sys").modules, "vllm", raising=False)
-    assert not vllm_engine.is_installed()
+    assert not vllm_process.is_installed()
 
 
 def test_unknown_kind(model_dir):

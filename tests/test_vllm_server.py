@@ -25,22 +25,23 @@ from scope_fast.rollout import (
     make_engine,
     server_process,
     transfer,
-    vllm_engine,
+    vllm_process,
     vllm_server,
 )
 from scope_fast.rollout.base import joined_spans
-from scope_fast.rollout.server_process import Http, ServerDiedError, ServerProcess
-from scope_fast.rollout.vllm_engine import VllmEngine
-from scope_fast.rollout.vllm_server import (
-    HostCopy,
-    VllmServerEngine,
-    json_safe,
+from scope_fast.rollout.server_process import (
+    Http,
+    ServerDiedError,
+    ServerProcess,
     server_arguments,
     server_environment,
 )
+from scope_fast.rollout.server_sync import HostCopy, json_safe
+from scope_fast.rollout.vllm_engine import VllmEngine
+from scope_fast.rollout.vllm_server import VllmServerEngine
 from scope_fast.rollout.weight_sync import ModuleSource, ShmInit
 
-needs_vllm = pytest.mark.skipif(not vllm_engine.is_installed(), reason="vllm is not installed")
+needs_vllm = pytest.mark.skipif(not vllm_process.is_installed(), reason="vllm is not installed")
 GAP = 2e-5  # as in test_rollout.py
 CONTEXT = 512
 PROMPTS = [[5, 6, 7], [9], list(range(3, 203))]  # the last is longer than a block of the prefix cache
@@ -181,7 +182,7 @@ def test_close_ends_the_requests_that_wait(http_server, tmp_path):
     with ThreadPoolExecutor(1) as threads:
         sampled = threads.submit(engine.generate, [[5]], 9, Sampling())  # four wait for an answer, five for a thread
         deadline = time.monotonic() + 10.0
-        while len(engine._sampling._sockets) < 4 and time.monotonic() < deadline:
+        while len(engine._sampling_http._sockets) < 4 and time.monotonic() < deadline:
             time.sleep(0.01)
         start = time.monotonic()
         engine.close()
@@ -190,7 +191,7 @@ def test_close_ends_the_requests_that_wait(http_server, tmp_path):
         with pytest.raises(ServerDiedError, match=f"POST /inference/v1/generate: ({reasons})"):
             sampled.result(timeout=10.0)
     assert time.monotonic() - start < 5.0  # with all threads joined, where the server would hang for 30
-    assert engine._http._sockets == engine._sampling._sockets == set()
+    assert engine._http._sockets == engine._sampling_http._sockets == set()
     with pytest.raises(ServerDiedError, match="GET /fine: ConnectionAbortedError: closed on this side"):
         engine._http.get("fine", 5.0)
 
@@ -321,7 +322,7 @@ def test_ipc_of_several_ranks_is_never_restarted(http_server, tmp_path, monkeypa
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    ipc = transfer.trainer_init("ipc", 0, 64 << 20)
+    ipc = transfer.for_server(EngineOptions(transfer="ipc"), 0, on_gpu=True)[0]
     engine = VllmServerEngine(str(tmp_path), EngineOptions(), ipc)
     dying_once(engine, monkeypatch)
     with pytest.raises(ServerDiedError, match=r"(?s)died in generate, no restart is left.*out of memory"):
@@ -392,7 +393,7 @@ def test_ipcs_buffer_holds_the_largest_tensor(bucket_bytes, expected, http_serve
     model = make()
     model.save_pretrained(tmp_path)
     assert max(p.numel() for p in model.parameters()) == 300 * 128
-    init = transfer.trainer_init("ipc", 0, bucket_bytes)
+    init = transfer.for_server(EngineOptions(transfer="ipc", bucket_bytes=bucket_bytes), 0, on_gpu=True)[0]
     engine = VllmServerEngine(str(tmp_path), EngineOptions(server_url=http_server.url), init)
     engine._weights.fill(ModuleSource(model), 1)
     engine._make_sender()
@@ -403,7 +404,7 @@ def test_ipcs_buffer_holds_the_largest_tensor(bucket_bytes, expected, http_serve
 @needs_vllm
 def test_nccl_meets_at_a_port_of_its_own_at_every_start(monkeypatch):
     monkeypatch.setattr(transfer, "free_port", iter([21000, 21001]).__next__)
-    nccl = transfer.trainer_init("nccl", 0, 1 << 20, address="127.0.0.1", num_workers=1)
+    nccl = transfer.for_server(EngineOptions(transfer="nccl"), 0, on_gpu=True)[0]
     first, second = (transfer.prepared(nccl, ModuleSource(make())) for _ in range(2))
     assert (first.master_port, second.master_port) == (21000, 21001)
     assert replace(first, master_port=21001) == second
@@ -443,11 +444,11 @@ def test_what_a_server_inherits(monkeypatch):
     """The same, whether an engine was made in this process before or not."""
     ours = {"RANK": "1", "TORCHELASTIC_RUN_ID": "x", "HF_HOME": "/hub"}
     assert server_process._inherited(ours) == {"HF_HOME": "/hub"}
-    vllm_engine.import_vllm()  # vLLM sets some variables too, and will in the server
-    for name in vllm_engine.IN_PROCESS:
+    vllm_process.import_vllm()  # vLLM sets some variables too, and will in the server
+    for name in vllm_process.IN_PROCESS:
         monkeypatch.delenv(name, raising=False)
     before = server_process._inherited(os.environ)
-    vllm_engine.import_vllm()
+    vllm_process.import_vllm()
     assert os.environ["VLLM_LOGGING_LEVEL"] == "ERROR"
     assert server_process._inherited(os.environ) == before
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "DEBUG")  # a person's own

@@ -13,7 +13,7 @@ import torch
 
 from scope_fast.prm.formats import Encoded, QwenFormat
 from scope_fast.prm.text_scorers import TextScorer
-from scope_fast.rollout import vllm_engine
+from scope_fast.rollout.vllm_process import import_vllm, own_shutdown, preserved_random_state, undisturbed_caller
 
 
 class VllmStepScorer(TextScorer):
@@ -33,22 +33,22 @@ class VllmStepScorer(TextScorer):
         from transformers import AutoTokenizer
 
         fmt = QwenFormat(AutoTokenizer.from_pretrained(folder))
-        vllm = vllm_engine.import_vllm()
+        vllm = import_vllm()
         from vllm.config import PoolerConfig
         from vllm.platforms import current_platform
 
         pooler = PoolerConfig(tok_pooling_type="STEP", step_tag_id=fmt.separator_id)
         arguments = {"model": folder, "runner": "pooling", "pooler_config": pooler, "dtype": dtype}
         arguments |= memory_arguments(current_platform.is_cpu(), kv_cache_bytes, gpu_memory_utilization)
-        with vllm_engine._undisturbed_caller():
+        with undisturbed_caller():
             group_existed = torch.distributed.is_initialized()
             self._llm = vllm.LLM(**arguments, skip_tokenizer_init=True, use_tqdm_on_load=False)
-        self._finalizer = vllm_engine._own_shutdown(self, self._llm, group_existed)
+        self._finalizer = own_shutdown(self, self._llm, group_existed)
         super().__init__(student, fmt, self._llm.model_config.max_model_len)
 
     def _score(self, sequences: list[Encoded]) -> list[list[float]]:
         prompts: list[Any] = [{"prompt_token_ids": sequence.ids} for sequence in sequences]
-        with vllm_engine._preserved_random_state():
+        with preserved_random_state():
             outputs = self._llm.encode(prompts, pooling_task="token_classify", use_tqdm=False)
         return [output.outputs.data[:, 1].tolist() for output in outputs]
 

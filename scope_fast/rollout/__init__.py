@@ -25,13 +25,13 @@ def make_engine(
     does not work raises: falling back would hide a run that is several times slower. ImportError for "vllm" where it
     is not installed.
     """
-    from scope_fast.rollout import vllm_engine
+    from scope_fast.rollout import vllm_process
 
     options = options or EngineOptions()
     if kind not in ("auto", "vllm", "vllm_server", "transformers"):
         raise ValueError(f"kind={kind!r}: expected auto, vllm, vllm_server or transformers")
     needs_vllm = kind == "vllm" or (kind == "vllm_server" and options.server_url is None)
-    if needs_vllm and not vllm_engine.is_installed():
+    if needs_vllm and not vllm_process.is_installed():
         raise ImportError(f"engine {kind}: vllm is not installed ({INSTALL})")
     start = time.perf_counter()
     if kind == "vllm_server":
@@ -44,9 +44,11 @@ def make_engine(
             distributed.barrier()
         choice = f"vllm server {options.server_url or 'of our own'}"
         reason = f"asked for; weights by {init.backend}: {why}"
-    elif kind == "vllm" or (kind == "auto" and vllm_engine.is_installed()):
-        engine = vllm_engine.VllmEngine(model_dir, options)
-        choice = f"vllm {vllm_engine.import_vllm().__version__}"
+    elif kind == "vllm" or (kind == "auto" and vllm_process.is_installed()):
+        from scope_fast.rollout.vllm_engine import VllmEngine
+
+        engine = VllmEngine(model_dir, options)
+        choice = f"vllm {vllm_process.import_vllm().__version__}"
         reason = "installed" if kind == "auto" else "asked for"
     else:
         from scope_fast.rollout.transformers_engine import TransformersEngine

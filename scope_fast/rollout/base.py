@@ -156,7 +156,7 @@ class EngineOptions:
     server_gpus: kind "vllm_server": CUDA devices of a server started here, a worker each, as this process counts those
         it sees (CUDA_VISIBLE_DEVICES=4,5: 1 is the machine's 5); None: the learner's GPU.
     server_workers: of the server at server_url, for transfer "nccl".
-    transfer: kind "vllm_server", what carries the weights: "shm", "ipc", "nccl", or "auto" (transfer.choose).
+    transfer: kind "vllm_server", what carries the weights: "shm", "ipc", "nccl", or "auto" (transfer.for_server).
     transfer_address: "nccl": of this machine as the server reaches it.
     start_timeout_s, generate_timeout_s: kind "vllm_server": longest wait for a server to be up, and for one response.
     """

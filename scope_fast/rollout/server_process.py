@@ -1,4 +1,4 @@
-"""A vLLM OpenAI server as a child process, and plain HTTP to it. Nothing here imports vLLM.
+"""A vLLM OpenAI server as a child process: how it is started, and plain HTTP to it. Nothing here imports vLLM.
 
 The child leads a process group of its own and holds the read end of a pipe: when this process ends, however it ends,
 the pipe closes and the child kills its group, so that no server and no engine core is left behind.
@@ -25,7 +25,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
-from scope_fast.rollout.vllm_engine import IN_PROCESS
+import torch
+
+from scope_fast.rollout import weight_sync
+from scope_fast.rollout.base import EngineOptions, prefill_tokens_on_cpu
+from scope_fast.rollout.vllm_process import IN_PROCESS
 
 PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {
@@ -48,7 +52,7 @@ class Http:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"server_url={url!r}: expected http://HOST:PORT")
-        self._connection = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        self._connection_class = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         self.url = url
         self._host, self._port, self._path = parts.hostname, parts.port, parts.path.rstrip("/")
         self._lock = threading.Lock()  # of the two below
@@ -89,7 +93,7 @@ class Http:
         where the connection was refused, broke, or was ended by `close`, OSError where this process may open no more.
         """
         data = None if body is None else json.dumps(body).encode()
-        connection = self._connection(self._host, self._port, timeout=timeout_s)
+        connection = self._connection_class(self._host, self._port, timeout=timeout_s)
         try:
             with contextlib.closing(connection):
                 connection.connect()
@@ -174,6 +178,47 @@ class ServerProcess:
                 api.get("health", timeout_s=5.0)
                 return
         raise TimeoutError(f"vLLM server: not up within {timeout_s:g} s:\n{self.last_words()}")
+
+
+def server_arguments(model_dir: str, options: EngineOptions, backend: str) -> list[str]:
+    """What `python -m vllm.entrypoints.openai.api_server` must be given for this engine, but for host and port."""
+    arguments = ["--model", model_dir, "--tokens-only", "--dtype", options.dtype, "--seed", str(options.seed)]
+    arguments += ["--max-num-seqs", str(options.max_num_seqs), "--logprobs-mode", "processed_logprobs"]
+    arguments += ["--weight-transfer-config", json.dumps({"backend": backend})]
+    arguments += ["--disable-uvicorn-access-log"]
+    if options.max_model_len is not None:
+        arguments += ["--max-model-len", str(options.max_model_len)]
+    if backend == weight_sync.BACKEND:
+        arguments += ["--worker-extension-cls", "scope_fast.rollout.vllm_worker.WorkerExtension"]
+    if options.server_gpus is not None:
+        arguments += ["--tensor-parallel-size", str(len(options.server_gpus))]
+    if torch.cuda.is_available():
+        return [*arguments, "--gpu-memory-utilization", str(options.gpu_memory_utilization)]
+    tokens = prefill_tokens_on_cpu(model_dir, options)
+    arguments += ["--enforce-eager", "--no-enable-chunked-prefill", "--max-num-batched-tokens", str(tokens)]
+    return [*arguments, "--kv-cache-memory-bytes", str(options.kv_cache_bytes)]
+
+
+def server_environment(options: EngineOptions, backend: str) -> dict[str, str]:
+    """What else a server for this engine needs to find in its environment. ValueError for `server_gpus` that this
+    process does not see."""
+    threads = {} if options.num_threads is None else {"OMP_NUM_THREADS": str(options.num_threads)}
+    gpus = {} if options.server_gpus is None else {"CUDA_VISIBLE_DEVICES": ",".join(_gpu_names(options.server_gpus))}
+    return threads | gpus | ({"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} if backend == "ipc" else {})
+
+
+def _gpu_names(gpus: tuple[int, ...]) -> list[str]:
+    """The devices of this process, as CUDA counts them, by the names they have outside it: numbers or UUIDs."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        names = [str(i) for i in range(torch.cuda.device_count())]
+    else:
+        names = [name.strip() for name in visible.split(",") if name.strip()]
+    if not all(0 <= gpu < len(names) for gpu in gpus):
+        raise ValueError(
+            f"server_gpus={list(gpus)}: expected devices below {len(names)}, with CUDA_VISIBLE_DEVICES={visible}"
+        )
+    return [names[gpu] for gpu in gpus]
 
 
 def allow_open_files(count: int) -> None:

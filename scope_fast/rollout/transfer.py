@@ -1,11 +1,11 @@
-"""Which backend carries the weights, and the trainer-side init object that makes vLLM use it.
+"""Which backend carries the weights to a server, and the trainer-side init object that makes vLLM use it.
 
-    shm   a file in shared memory: on CPU, and for an engine in the learner's own process     (ours, weight_sync.py)
+    shm   a file in shared memory: on CPU                                                     (ours, weight_sync.py)
     ipc   two processes on the same GPU: handles of device memory                            (vLLM's)
     nccl  an engine on GPUs of its own: broadcast from rank 0, on one machine or several      (vLLM's)
 
-`for_server` chooses for a server; an engine in this process takes shm. ipc and nccl are held to the signatures of the
-installed vLLM by the tests; they were not run on a GPU.
+An engine in this process takes shm, on a GPU too: CUDA opens no handle in the process that made it. ipc and nccl are
+held to the signatures of the installed vLLM by the tests; they were not run on a GPU.
 """
 
 from __future__ import annotations
@@ -18,27 +18,14 @@ from typing import Any
 
 import torch
 
-from scope_fast.rollout.base import TRANSFERS, EngineOptions, WeightSource
+from scope_fast.rollout.base import EngineOptions, WeightSource
 from scope_fast.rollout.server_process import free_port
 from scope_fast.rollout.weight_sync import ShmInit
 
 
-def choose(on_gpu: bool, engine: str) -> tuple[str, str]:
-    """(backend, reason) for a learner on a GPU or not, and an engine in the same process, on the same GPU, or on GPUs
-    of its own: "same_process", "same_gpu", "own_gpus"."""
-    if engine not in ("same_process", "same_gpu", "own_gpus"):
-        raise ValueError(f"engine={engine!r}: expected same_process, same_gpu or own_gpus")
-    if not on_gpu:
-        return "shm", "the learner is on the CPU"
-    if engine == "same_process":
-        return "shm", "CUDA opens no handle in the process that made it: through host memory"
-    if engine == "same_gpu":
-        return "ipc", "learner and engine share a GPU"
-    return "nccl", "the engine has GPUs of its own"
-
-
 def for_server(options: EngineOptions, rank: int, on_gpu: bool) -> tuple[Any, str]:
-    """(init object, reason) for an engine that is a vLLM server: the backend asked for, or `choose`'s.
+    """(trainer-side init object, reason) for an engine that is a vLLM server: of the backend asked for, or of the one
+    that fits.
 
     rank: of this process under torchrun. Every rank has a server of its own, unless all share one that runs already:
     then rank 0 sends. Raises ValueError for a backend that needs a GPU where the learner has none.
@@ -46,36 +33,16 @@ def for_server(options: EngineOptions, rank: int, on_gpu: bool) -> tuple[Any, st
     shared = options.server_url is not None
     backend, reason = options.transfer, "asked for"
     if backend == "auto":
-        backend, reason = choose(on_gpu, "own_gpus" if shared or options.server_gpus else "same_gpu")
+        if not on_gpu:
+            backend, reason = "shm", "the learner is on the CPU"
+        elif shared or options.server_gpus:
+            backend, reason = "nccl", "the engine has GPUs of its own"
+        else:
+            backend, reason = "ipc", "learner and engine share a GPU"
     if backend != "shm" and not on_gpu:
         raise ValueError(f"transfer={backend!r}: the learner is on the CPU; expected auto or shm")
-    init = trainer_init(
-        backend,
-        rank if shared else 0,
-        options.bucket_bytes,
-        address=options.transfer_address,
-        num_workers=len(options.server_gpus) if options.server_gpus else options.server_workers,
-    )
-    return init, reason
-
-
-def trainer_init(
-    transfer: str, rank: int, bucket_bytes: int, *, address: str | None = None, num_workers: int | None = None
-) -> Any:
-    """The init object of a backend.
-
-    rank: of this process among those that share ONE engine; 0 sends.
-    address: nccl only: of this machine as the engine's workers reach it. num_workers: nccl only: of the engine.
-    """
-    if transfer not in TRANSFERS:
-        raise ValueError(f"transfer={transfer!r}: expected {', '.join(TRANSFERS)}")
-    if transfer == "shm":
-        return ShmInit(rank=rank, bucket_bytes=bucket_bytes)
-    if transfer == "ipc":
-        return _ipc_init(rank, bucket_bytes)
-    if address is None or num_workers is None:
-        raise ValueError("transfer='nccl': address and num_workers are needed")
-    return _nccl_init(rank, bucket_bytes, address, num_workers)
+    make = {"shm": _shm_init, "ipc": _ipc_init, "nccl": _nccl_init}[backend]
+    return make(rank if shared else 0, options), reason
 
 
 def for_vllm(source: WeightSource) -> Any:
@@ -99,7 +66,7 @@ def for_vllm(source: WeightSource) -> Any:
 
 
 def prepared(init: Any, source: WeightSource) -> Any:
-    """The init object for a sender that is made now, once a server: nccl's with a port that is free now (a server that
+    """The init object for a sender about to be made, one per server: nccl's with a port that is free now (a server that
     comes back meets no old rendezvous), ipc's with a buffer that holds the source's largest tensor.
 
     ShmInit is grown by its sender, and vLLM's nccl sender warns of a larger tensor, but sends it.
@@ -112,14 +79,18 @@ def prepared(init: Any, source: WeightSource) -> Any:
     return dataclasses.replace(init, packed_buffer_size_bytes=max(largest, init.packed_buffer_size_bytes))
 
 
-def _ipc_init(rank: int, bucket_bytes: int) -> Any:
+def _shm_init(rank: int, options: EngineOptions) -> ShmInit:
+    return ShmInit(rank=rank, bucket_bytes=options.bucket_bytes)
+
+
+def _ipc_init(rank: int, options: EngineOptions) -> Any:
     """Not run on a GPU. Packed: vLLM refuses a tensor larger than the buffer, which `prepared` grows."""
     from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 
-    return IPCTrainerInitInfo(rank=rank, packed=True, packed_buffer_size_bytes=bucket_bytes)
+    return IPCTrainerInitInfo(rank=rank, packed=True, packed_buffer_size_bytes=options.bucket_bytes)
 
 
-def _nccl_init(rank: int, bucket_bytes: int, address: str, num_workers: int) -> Any:
+def _nccl_init(rank: int, options: EngineOptions) -> Any:
     """Not run on a GPU. vLLM's default of two buffers of 1 GiB would be taken from the KV cache and the learner.
 
     From 0.33 on vLLM's receiver has the loads of one buffer wait for what another received; 0.32's has no such order.
@@ -128,12 +99,13 @@ def _nccl_init(rank: int, bucket_bytes: int, address: str, num_workers: int) -> 
     """
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
+    num_workers = len(options.server_gpus) if options.server_gpus else options.server_workers
     return NCCLTrainerInitInfo(
         rank=rank,
-        master_address=address,
+        master_address=options.transfer_address,  # of this machine as the engine's workers reach it
         master_port=0,  # of the rendezvous that rank 0 opens, on this machine: chosen when it does (`prepared`)
         world_size=1 + num_workers,
         packed=True,
-        packed_buffer_size_bytes=bucket_bytes,
+        packed_buffer_size_bytes=options.bucket_bytes,
         packed_num_buffers=2,
     )

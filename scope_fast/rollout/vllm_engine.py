@@ -1,31 +1,15 @@
-"""Rollouts from vLLM, in this process.
-
-vLLM is imported when the first engine is made, never by importing this module. Just before, these variables are set;
-the last two only where the environment does not set them already:
-
-    VLLM_ENABLE_V1_MULTIPROCESSING=0   the engine runs in this process: up in seconds, weights go by memory
-    VLLM_LOGGING_LEVEL=ERROR           one line of ours instead of a hundred of vLLM's
-    VLLM_NO_USAGE_STATS=1              nothing is sent anywhere
-
-One C++ line about NUMA stays on stderr unless TORCH_CPP_LOG_LEVEL=ERROR is set before torch is imported.
-"""
+"""Rollouts from vLLM, in this process."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
 import itertools
-import logging
-import os
 import random
 import time
-import warnings
-import weakref
 from collections.abc import Iterator
-from importlib.util import find_spec
 from typing import Any
 
-import numpy as np
 import torch
 
 from scope_fast.rollout import watch, weight_sync
@@ -42,32 +26,7 @@ from scope_fast.rollout.base import (
     prefill_tokens_on_cpu,
     torch_threads,
 )
-
-TOO_OLD = "vllm 0.32 or newer is needed, which says of every token the version of the weights that drew it"
-IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}  # a server is not started with them
-
-
-def is_installed() -> bool:
-    """Whether a package named vllm can be imported (a folder of that name on the path is not one)."""
-    spec = find_spec("vllm")
-    return spec is not None and spec.origin is not None
-
-
-def import_vllm() -> Any:
-    """vLLM, with the environment it needs. Whatever is wrong with an installed vLLM is raised, not hidden."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = IN_PROCESS["VLLM_ENABLE_V1_MULTIPROCESSING"]
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", IN_PROCESS["VLLM_LOGGING_LEVEL"])
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    # vLLM sets its level only after it has logged a warning or two.
-    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # vLLM's own use of torch
-        import vllm
-        from vllm.outputs import CompletionOutput
-
-        if "weight_versions" not in CompletionOutput.__dataclass_fields__:
-            raise ImportError(f"vllm {vllm.__version__}: {TOO_OLD}")
-        return vllm
+from scope_fast.rollout.vllm_process import import_vllm, own_shutdown, preserved_random_state, undisturbed_caller
 
 
 class SyncClient:
@@ -116,10 +75,10 @@ class VllmEngine:
         self._seeds = random.Random(options.seed)
         self._num_threads, self._bucket_bytes = options.num_threads, options.bucket_bytes
         self._dtype = getattr(torch, options.dtype)
-        with _undisturbed_caller():
+        with undisturbed_caller():
             group_existed = torch.distributed.is_initialized()
             self._llm = vllm.LLM(**_llm_arguments(str(model_dir), options))
-        self._finalizer = _own_shutdown(self, self._llm, group_existed)
+        self._finalizer = own_shutdown(self, self._llm, group_existed)
         model_config = self._llm.model_config
         self._context = model_config.max_model_len
         self.vocab_size = model_config.get_vocab_size()
@@ -158,7 +117,7 @@ class VllmEngine:
             seeds = draw_seeds(self._seeds, len(prompts), n)
         requests = [prompt for prompt in prompts for _ in range(n)]
         params = [self._params(sampling, seed) for row in seeds for seed in row]
-        with _preserved_random_state(), self._working():
+        with preserved_random_state(), self._working():
             outputs = self._run(requests, params, deadline_of(timeout_s))
         rollouts = [
             Rollout(list(prompt), [], [], "timeout", version) if output is None else _rollout(output, version)
@@ -303,70 +262,3 @@ def _rollout(output: Any, version: int) -> Rollout:
     if versions != {str(version)}:
         raise RuntimeError(f"vLLM sampled with weights {sorted(versions)}, expected version {version}")
     return Rollout(list(output.prompt_token_ids), token_ids, logprobs, completion.finish_reason, version)
-
-
-class _Process:
-    """What the engines of this process share: vLLM's parallel state, and the default torch.distributed group."""
-
-    open_engines = 0
-    group_is_vllms = False
-
-
-def _own_shutdown(engine: VllmEngine, llm: Any, group_existed: bool) -> weakref.finalize:
-    """Takes the place of vLLM's shutdown, which destroys the default torch.distributed group, a learner's included,
-    and the parallel state under every other engine of the process."""
-    if _Process.open_engines == 0:
-        _Process.group_is_vllms = not group_existed
-    _Process.open_engines += 1
-    client = llm.llm_engine.engine_core
-    client._finalizer.detach()
-    return weakref.finalize(engine, _shutdown, client.engine_core)
-
-
-def _shutdown(core: Any) -> None:
-    from vllm.distributed import parallel_state
-
-    core.structured_output_manager.clear_backend()
-    core.model_executor.shutdown()
-    core.scheduler.shutdown()
-    gc.unfreeze()  # vLLM froze the heap at its start
-    _Process.open_engines -= 1
-    if _Process.open_engines:
-        return
-    parallel_state.destroy_model_parallel()
-    if _Process.group_is_vllms:
-        parallel_state.destroy_distributed_environment()
-    else:
-        parallel_state._WORLD.destroy()
-        parallel_state._WORLD = parallel_state._NODE_COUNT = None
-
-
-@contextlib.contextmanager
-def _preserved_random_state() -> Iterator[None]:
-    """vLLM seeds the process at its start and draws from torch's global generator at every step on CPU."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
-
-
-@contextlib.contextmanager
-def _undisturbed_caller() -> Iterator[None]:
-    """Undoes what vLLM's start does to the process it shares: its CPU worker replaces torch.set_num_threads by a
-    no-op, which would bind the learner too, and two variables would reach the learner and its child processes."""
-    set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
-    variables = {name: os.environ.get(name) for name in ("LOCAL_WORLD_SIZE", "LD_PRELOAD")}
-    with _preserved_random_state(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        try:
-            yield
-        finally:
-            torch.set_num_threads = set_num_threads
-            torch.set_num_threads(num_threads)
-            for name, value in variables.items():
-                os.environ.pop(name, None)
-                if value is not None:
-                    os.environ[name] = value

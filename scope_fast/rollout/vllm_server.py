@@ -9,16 +9,12 @@ unless the transfer backend is one of vLLM's own ("ipc", "nccl").
 
 from __future__ import annotations
 
-import base64
-import json
-import os
-import pickle
 import random
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,7 +25,6 @@ from scope_fast.rollout import transfer as transfers
 from scope_fast.rollout import watch, weight_sync
 from scope_fast.rollout.base import (
     EngineOptions,
-    ParamMeta,
     Rollout,
     Sampling,
     WeightSource,
@@ -38,80 +33,22 @@ from scope_fast.rollout.base import (
     draw_seeds,
     eos_token_ids,
     joined_spans,
-    prefill_tokens_on_cpu,
 )
-from scope_fast.rollout.server_process import Http, ServerDiedError, ServerProcess, allow_open_files
-from scope_fast.rollout.vllm_engine import TOO_OLD
+from scope_fast.rollout.server_process import (
+    Http,
+    ServerDiedError,
+    ServerProcess,
+    allow_open_files,
+    server_arguments,
+    server_environment,
+)
+from scope_fast.rollout.server_sync import HostCopy, HttpSyncClient
+from scope_fast.rollout.vllm_process import TOO_OLD
 
 T = TypeVar("T")
 UNKNOWN = "from before the first sync"  # what a shared server's weights are called until this run sends some
 OTHER_FILES = 1024  # what a run may hold open beside its requests to a server
 DEATH_S = 10.0  # a server whose engine died answers with an error first and ends within this time
-
-
-class HttpSyncClient:
-    """The four calls of vLLM's weight-sync protocol on a server.
-
-    vLLM's own senders finish without saying a version, so the engine leaves it here before it has them send.
-    """
-
-    def __init__(self, http: Http, timeout_s: float) -> None:
-        self._http, self._timeout_s = http, timeout_s
-        self.version: str | None = None
-
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        self._http.post("init_weight_transfer_engine", {"init_info": init_info}, self._timeout_s)
-
-    def start_weight_update(self) -> None:
-        self._http.post("start_weight_update", None, self._timeout_s)
-
-    def update_weights(self, update_info: dict[str, Any] | list[dict[str, Any]]) -> None:
-        infos = update_info if isinstance(update_info, list) else [update_info]
-        sendable = [json_safe(info) for info in infos]
-        body = {"update_info": sendable if isinstance(update_info, list) else sendable[0]}
-        self._http.post("update_weights", body, self._timeout_s)
-
-    def finish_weight_update(self, weight_version: str | None = None) -> None:
-        body = {"weight_version": self.version if weight_version is None else weight_version}
-        self._http.post("finish_weight_update", body, self._timeout_s)
-
-
-def json_safe(update_info: dict[str, Any]) -> dict[str, Any]:
-    """The handles of the "ipc" backend are no JSON; vLLM's workers take them pickled, if the server was told that they
-    may (`server_environment`)."""
-    if update_info.get("ipc_handles") is None:
-        return update_info
-    pickled = base64.b64encode(pickle.dumps(update_info["ipc_handles"])).decode()
-    return {k: v for k, v in update_info.items() if k != "ipc_handles"} | {"ipc_handles_pickled": pickled}
-
-
-class HostCopy:
-    """`WeightSource`: what another one yielded last, kept in host memory, given out on a device.
-
-    A server that dies is given these again. The learner's own weights would not do: of a sharded learner every rank
-    would have to gather once more, and a learner that works ahead of the rollouts has newer ones.
-    """
-
-    def __init__(self, device: str = "cpu") -> None:
-        self._device = device
-        self._tensors: dict[str, torch.Tensor] = {}
-        self.version: int | None = None  # None: nothing was read yet
-
-    def fill(self, source: WeightSource, version: int) -> None:
-        """Reads one whole pass; the memory of the last one is used again."""
-        for name, tensor in source:
-            held = self._tensors.get(name)
-            if held is None or held.shape != tensor.shape or held.dtype != tensor.dtype:
-                self._tensors[name] = tensor.detach().to("cpu", copy=True)
-            else:
-                held.copy_(tensor)
-        self.version = version
-
-    def metadata(self) -> list[ParamMeta]:
-        return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self._tensors.items()]
-
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return ((name, tensor.to(self._device)) for name, tensor in self._tensors.items())
 
 
 class VllmServerEngine:
@@ -221,7 +158,7 @@ class VllmServerEngine:
         if self._closed:
             return
         self._closed = True
-        for http in (self._http, self._sampling):  # a server that a failed sync left paused answers no request
+        for http in (self._http, self._sampling_http):  # a server that a failed sync left paused answers no request
             http.close()
         if self._sender is not None:
             self._sender.shutdown()
@@ -249,7 +186,7 @@ class VllmServerEngine:
             log = Path(self._folder.name) / "server.log"
             environment = server_environment(options, self._transfer.backend)
             self._process = ServerProcess(arguments, environment, log, options.start_timeout_s)
-        self._http = self._sampling = Http(options.server_url or self._process.url)
+        self._http = self._sampling_http = Http(options.server_url or self._process.url)
         self._inner_client = HttpSyncClient(self._http, options.sync_timeout_s)
         self._client = watch.PhasedClient(self._inner_client, self._rank)
         if self._transfer.is_sender:
@@ -333,7 +270,7 @@ class VllmServerEngine:
                 self._inner_client.version = str(version)
                 self._sender.send_weights()
         with watch.named_phase(self._rank, "version check"):
-            self._check_version(version)
+            self._await_version(version)
         if self._transfer.is_sender:
             with watch.named_phase(self._rank, "reset and resume"):
                 answer = self._http.post("reset_prefix_cache?reset_running_requests=true", None, timeout_s)
@@ -341,7 +278,7 @@ class VllmServerEngine:
                     raise RuntimeError("vLLM did not reset its prefix cache")
                 self._http.post("resume", None, timeout_s)
 
-    def _check_version(self, version: int) -> None:
+    def _await_version(self, version: int) -> None:
         """The server reports the version, at once to the rank that sent it, in time to the others."""
         deadline = time.monotonic() + self._options.sync_timeout_s
         while True:
@@ -363,7 +300,7 @@ class VllmServerEngine:
 
     def _ask(self, bodies: list[dict[str, Any]]) -> list[Rollout]:
         """All requests; the first that fails ends those that wait, for their threads are waited for."""
-        http = self._sampling = Http(self._http.url)  # of its own: what ends these requests ends no sync
+        http = self._sampling_http = Http(self._http.url)  # of its own: what ends these requests ends no sync
         if self._closed:  # meanwhile: what `close` found here was another
             http.close()
         with ThreadPoolExecutor(min(len(bodies), self._in_flight) or 1) as threads:
@@ -400,47 +337,6 @@ class VllmServerEngine:
                 "detokenize": False,
             },
         }
-
-
-def server_arguments(model_dir: str, options: EngineOptions, backend: str) -> list[str]:
-    """What `python -m vllm.entrypoints.openai.api_server` must be given for this engine, but for host and port."""
-    arguments = ["--model", model_dir, "--tokens-only", "--dtype", options.dtype, "--seed", str(options.seed)]
-    arguments += ["--max-num-seqs", str(options.max_num_seqs), "--logprobs-mode", "processed_logprobs"]
-    arguments += ["--weight-transfer-config", json.dumps({"backend": backend})]
-    arguments += ["--disable-uvicorn-access-log"]
-    if options.max_model_len is not None:
-        arguments += ["--max-model-len", str(options.max_model_len)]
-    if backend == weight_sync.BACKEND:
-        arguments += ["--worker-extension-cls", "scope_fast.rollout.vllm_worker.WorkerExtension"]
-    if options.server_gpus is not None:
-        arguments += ["--tensor-parallel-size", str(len(options.server_gpus))]
-    if torch.cuda.is_available():
-        return [*arguments, "--gpu-memory-utilization", str(options.gpu_memory_utilization)]
-    tokens = prefill_tokens_on_cpu(model_dir, options)
-    arguments += ["--enforce-eager", "--no-enable-chunked-prefill", "--max-num-batched-tokens", str(tokens)]
-    return [*arguments, "--kv-cache-memory-bytes", str(options.kv_cache_bytes)]
-
-
-def server_environment(options: EngineOptions, backend: str) -> dict[str, str]:
-    """What else a server for this engine needs to find in its environment. ValueError for `server_gpus` that this
-    process does not see."""
-    threads = {} if options.num_threads is None else {"OMP_NUM_THREADS": str(options.num_threads)}
-    gpus = {} if options.server_gpus is None else {"CUDA_VISIBLE_DEVICES": ",".join(_gpu_names(options.server_gpus))}
-    return threads | gpus | ({"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} if backend == "ipc" else {})
-
-
-def _gpu_names(gpus: tuple[int, ...]) -> list[str]:
-    """The devices of this process, as CUDA counts them, by the names they have outside it: numbers or UUIDs."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        names = [str(i) for i in range(torch.cuda.device_count())]
-    else:
-        names = [name.strip() for name in visible.split(",") if name.strip()]
-    if not all(0 <= gpu < len(names) for gpu in gpus):
-        raise ValueError(
-            f"server_gpus={list(gpus)}: expected devices below {len(names)}, with CUDA_VISIBLE_DEVICES={visible}"
-        )
-    return [names[gpu] for gpu in gpus]
 
 
 def _rollout(prompt: list[int], choice: dict[str, Any]) -> Rollout:
