@@ -102,8 +102,7 @@ def limits(spec: Spec) -> list[Variant]:
     bare = Variant("three matmuls", "limit", three_matmuls, work="into existing buffers", formula=six)
     if spec.device == "cuda":
         moved = Formula(COPY_BYTES, "GB/s", f"{COPY_BYTES >> 30} GiB, half read, half written")
-        copy = Variant("copy", "limit", lambda p: harness.copy_call(COPY_BYTES, "cuda"), formula=moved)
-        return [bare, *single_matmuls(spec), copy]
+        return [bare, *single_matmuls(spec), harness.copy_limit(COPY_BYTES, "cuda", moved)]
     fresh = Variant("three matmuls, allocating", "limit", three_matmuls_allocating, work="x @ w.T etc.", formula=six)
     return [bare, fresh]
 

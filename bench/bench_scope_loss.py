@@ -80,11 +80,7 @@ def variants(spec: Spec) -> list[Variant]:
     def ours(backend: str) -> list[Variant]:
         return [Variant(f"{OURS} {backend}", "ours", lambda problem: our_call(problem, backend), **checked)]
 
-    found = [
-        Variant(
-            "copy", "limit", lambda p: harness.copy_call(int(formula(spec).amount), spec.device), work="as many bytes"
-        )
-    ]
+    found = [harness.copy_limit(int(formula(spec).amount), spec.device)]
     found += harness.ours(STEM, spec.device, ours)
     found.append(Variant("eager torch", "peer", lambda p: torch_call(p, False), work="no metrics", **checked))
     if spec.peers:

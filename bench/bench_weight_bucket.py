@@ -17,7 +17,6 @@ from bench.harness import OURS, Formula, Spec, Tensors, Variant
 from scope_fast import weight_bucket
 
 STEM = "weight_bucket"
-HEAD_DIM = 128
 KV_SHARE = 7  # query heads per key-value head
 VOCAB_SIZE = 152064
 BUCKET_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
@@ -125,11 +124,7 @@ def variants(spec: Spec) -> list[Variant]:
     def ours(backend: str) -> list[Variant]:
         return [variant(f"{OURS} {backend}", "ours", lambda p: packs(p, backend))]
 
-    found = [
-        Variant(
-            "copy", "limit", lambda p: harness.copy_call(int(formula(spec).amount), spec.device), work="as many bytes"
-        )
-    ]
+    found = [harness.copy_limit(int(formula(spec).amount), spec.device)]
     found += harness.ours(STEM, spec.device, ours)
     found.append(variant("copy_ per tensor", "peer", copies))
     return [*found, variant("torch.cat", "peer", flat_cat, "allocates the bucket")] if spec.peers else found

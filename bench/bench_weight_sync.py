@@ -149,8 +149,7 @@ def errors(p: Tensors, output: list[torch.Tensor]) -> dict[str, float]:
 def variants(spec: Spec) -> list[Variant]:
     checked = {"check": errors, "limits": {"bytes": 0.0}}
     chosen = dispatch.resolve("weight_bucket", dispatch.AUTO, spec.device)
-    amount = int(formula(spec).amount)
-    found = [Variant("copy", "limit", lambda p: harness.copy_call(amount, spec.device), work="as many bytes")]
+    found = [harness.copy_limit(int(formula(spec).amount), spec.device)]
     found.append(Variant(f"{OURS} {chosen}", "ours", lambda p: both_ranks(p, "buckets"), **checked))
     found += [
         Variant(f"{OURS} {other}", "ours", lambda p: None, missing=f"a sync packs with the device's own: {chosen}")

@@ -95,9 +95,6 @@ class Completions:
             )
         ]  # fmt: skip
 
-    def num_tokens(self) -> int:
-        return sum(map(len, self.prompts)) + sum(map(len, self.responses))
-
     def copy_of_model(self) -> nn.Module:
         return copy.deepcopy(self.model)
 

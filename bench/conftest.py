@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from bench import harness
+from bench import harness, timing
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 _problem = {}  # the last problem built: variants of one problem follow each other
@@ -42,6 +42,6 @@ def prepared(request, benchmark):
 
     def call():
         run()
-        harness.synchronize(spec.device)
+        timing.synchronize(spec.device)
 
     return call

@@ -21,7 +21,7 @@ import torch
 
 from bench import report
 from bench.environment import ROOT
-from bench.harness import FAILURES, failure
+from bench.timing import FAILURES, failure
 from scope_fast import TokenStreams, scope_loss
 
 TOTAL_S = 530  # of the 540 promised

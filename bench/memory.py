@@ -18,16 +18,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench.environment import ROOT
 from bench.harness import Spec, Variant
 
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16), "MALLOC_TRIM_THRESHOLD_": str(1 << 16)}
 WARM_ROWS = 8
-ROOT = Path(__file__).parent.parent
 TIMEOUT_S = 600
 
 

@@ -25,12 +25,11 @@ import yaml
 from rich.console import Console
 
 from bench import paper_plots, paper_stats
-from bench.environment import environment
+from bench.environment import ROOT, environment
 from bench.paper_stats import SPLITS, START
 from scope_fast.config_files import load
 from scope_fast.suite import dotted
 
-ROOT = Path(__file__).parent.parent
 ARMS = Path(__file__).with_name("paper_arms.yaml")
 BASE = ROOT / "configs" / "paper.yaml"
 RESULTS = Path(__file__).with_name("results") / "paper"

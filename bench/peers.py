@@ -45,6 +45,7 @@ class Peer:
     work: str = ""
     module: str = ""  # what must be importable
     pip: str = ""
+    function: str = ""  # what torch.nn.functional must have
     devices: tuple[str, ...] = ("cpu", "cuda")
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     compiles: bool = False
@@ -59,8 +60,8 @@ class Peer:
             return f"takes {', '.join(self.dtypes)} only"
         if self.module and not installed(self.module):
             return f"not installed (pip install {self.pip})"
-        if self.name == "torch linear_cross_entropy" and not hasattr(F, "linear_cross_entropy"):
-            return f"torch {torch.__version__} has no F.linear_cross_entropy (2.13 has)"
+        if self.function and not hasattr(F, self.function):
+            return f"torch {torch.__version__} has no F.{self.function} (2.13 has)"
         return ""
 
 
@@ -217,7 +218,10 @@ ALL_NLL = "all rows NLL, equal weights: a cross entropy"
 PEERS = (
     Peer("eager torch", stats=eager_stats),
     Peer("torch.compile", stats=compiled_stats, loss=compiled_loss, compiles=True),
-    Peer("torch linear_cross_entropy", loss=torch_linear_cross_entropy, kind="nll", work=ALL_NLL, pip="torch>=2.13"),
+    Peer(
+        "torch linear_cross_entropy", loss=torch_linear_cross_entropy, kind="nll", work=ALL_NLL,
+        function="linear_cross_entropy",
+    ),
     Peer(
         "liger chunked GRPO", loss=liger_grpo, kind="grpo", work=ALL_RL, module="liger_kernel", pip="liger-kernel",
         compiles=True, flops=8,

@@ -238,14 +238,7 @@ def stream_stats(
     return outputs
 
 
-def linear_logprob_backward(grad_logprob, grad_entropy, grad_logsumexp, *args):
-    """(dhidden (T, D), dweight (V, D), dbias (V)); args as the custom op's. See gradient_by_vocabulary."""
-    *inputs, need_dhidden, need_dweight, need_dbias = args
-    grads = (grad_logprob, grad_entropy, grad_logsumexp)
-    return gradient_by_vocabulary(grads, *inputs, (need_dhidden, need_dweight, need_dbias))
-
-
-def gradient_by_vocabulary(
+def linear_logprob_backward(
     grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     hidden: torch.Tensor,
     weight: torch.Tensor,

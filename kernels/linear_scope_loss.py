@@ -15,7 +15,7 @@ import triton.language as tl
 
 from . import plan
 from .compat import cast
-from .linear_logprob import gradient_by_vocabulary, stream_stats
+from .linear_logprob import linear_logprob_backward, stream_stats
 from .rows import NUM_METRICS, kernel_streams, narrow, reduce_table, row_terms
 from .scope_loss import scope_loss
 from .softmax import (
@@ -234,7 +234,7 @@ def _streaming(hidden, weight, bias, rows, index, options, needs):
     if not any(needs):
         return loss, metrics, *(hidden.new_empty(0) for _ in needs)
     grads = (g, h, torch.zeros_like(g))
-    dx, dweight, dbias = gradient_by_vocabulary(
+    dx, dweight, dbias = linear_logprob_backward(
         grads, x, weight, bias, part.target, temperature, 1.0, entropy, state, "float32", 0, needs
     )
     if needs[0] and not dense:

@@ -14,7 +14,7 @@ from scope_fast.config import Config
 from scope_fast.data import PromptSource
 from scope_fast.interrupt import Stopped
 from scope_fast.learner import Learner
-from scope_fast.loading import loading, pretrained
+from scope_fast.loading import check_shared_tokenizer, loading, pretrained
 from scope_fast.metrics import import_wandb
 from scope_fast.ops import dispatch
 from scope_fast.prm.load import make_scorer
@@ -22,7 +22,7 @@ from scope_fast.progress import console, progress_bars
 from scope_fast.records import RolloutLog
 from scope_fast.rollout import make_engine, vllm_process
 from scope_fast.rollout.base import EngineOptions
-from scope_fast.teacher import ModelTeacher, SolverTeacher, Teacher, check_shared_tokenizer
+from scope_fast.teacher import ModelTeacher, SolverTeacher, Teacher
 from scope_fast.teacher_endpoint import EndpointTeacher
 from scope_fast.trainer import Trainer
 from scope_fast.verifier import Verifier
@@ -56,21 +56,7 @@ def build(config: Config, stack: ExitStack, between: Callable[[], None] = lambda
             if missing := dispatch.missing_for(stem, backend, distributed.device().type):
                 raise ValueError(f"loss.backend={backend}: {missing}")
     disable_progress_bar()  # of transformers' loading: ours is enough
-    folders = stopped = None
-    if distributed.is_main():  # the others find what rank 0 made
-        with progress_bars(console) as bars:
-
-            def progress(*at: object) -> None:
-                between()
-                bars(*at)
-
-            try:
-                folders = {role: role_folder(config, role, progress) for role in ROLES}
-            except Stopped as told:
-                stopped = told
-    folders, stopped = distributed.agree((folders, stopped))
-    if stopped is not None:
-        raise stopped
+    folders = role_folders(config, between)
     torch.manual_seed(config.seed + distributed.rank())
     # what can be wrong with data, verifier and teacher shows before a model is loaded and an engine is up
     tokenizer = load_tokenizer(folders["student"])
@@ -140,6 +126,27 @@ def make_learner(config: Config, student) -> Learner:
             else None
         ),
     )
+
+
+def role_folders(config: Config, between: Callable[[], None]) -> dict[str, str | None]:
+    """Every role's `role_folder`: rank 0 makes what is to be made, the others find it. What `between` raises while
+    models are made (Stopped) ends all ranks. Collective."""
+    folders = stopped = None
+    if distributed.is_main():
+        with progress_bars(console) as bars:
+
+            def progress(*at: object) -> None:
+                between()
+                bars(*at)
+
+            try:
+                folders = {role: role_folder(config, role, progress) for role in ROLES}
+            except Stopped as told:
+                stopped = told
+    folders, stopped = distributed.agree((folders, stopped))
+    if stopped is not None:
+        raise stopped
+    return folders
 
 
 def role_folder(config: Config, role: str, progress) -> str | None:

@@ -165,12 +165,11 @@ def restore_rng(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(_decode(encoded), device)
 
 
-def export(run_dir: Path | str, model: Any, tokenizer: Any, generation_config: Any = None) -> Path:
+def export(run_dir: Path | str, model: Any, tokenizer: Any) -> Path:
     """Writes `run_dir`/export for `from_pretrained`, in the place of an older one. Returns its path. Collective.
 
-    generation_config: None takes the model's own. WriteFailed where it cannot be written; nothing is left of it then.
-    A generation configuration that transformers reads and would not write (a temperature without do_sample) gets the
-    do_sample that it means.
+    WriteFailed where it cannot be written; nothing is left of it then. A generation configuration that transformers
+    reads but refuses to write (a temperature without do_sample) gets do_sample=True.
     """
     from safetensors import SafetensorError
 
@@ -182,7 +181,7 @@ def export(run_dir: Path | str, model: Any, tokenizer: Any, generation_config: A
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             try:
-                generation = _writable(generation_config or model.generation_config)
+                generation = _writable(model.generation_config)
                 model.generation_config = generation  # save_pretrained writes it too
                 model.save_pretrained(temporary, state_dict=weights)
                 tokenizer.save_pretrained(temporary)

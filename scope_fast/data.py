@@ -7,9 +7,8 @@ from itertools import islice
 from random import Random
 from typing import Any
 
-from scope_fast import config as cfg
 from scope_fast import distributed
-from scope_fast.config import Config, Data
+from scope_fast.config import Config, Data, Verifier
 from scope_fast.scope.trajectory import Prompt
 from scope_fast.sources import read_rows
 from scope_fast.tasks import GENERATED, GENERATORS, TASKS, check_name, dataset
@@ -107,7 +106,7 @@ class Table:
 def check_answers(rows: list[dict[str, Any]], score: str) -> None:
     """ValueError for an answer of several lines (GSM8K's is a whole solution), which no response's line equals, where
     `score` is the default verifier's."""
-    if score != cfg.Verifier().score:
+    if score != Verifier().score:
         return
     for row in rows:
         if row["task"] not in GENERATORS and "\n" in row["entry"]["answer"].strip():

@@ -40,11 +40,11 @@ from scope_fast.prm.scorers import ExactScorer, StepScorer
 from scope_fast.progress import progress_bars
 from scope_fast.rollout import make_engine
 from scope_fast.rollout.base import Rollout, RolloutEngine, Sampling
-from scope_fast.sampler import seed_of
 from scope_fast.scope.localize import first_error, valid_probs
 from scope_fast.scope.steps import TokenBytes, split_steps
 from scope_fast.scope.trajectory import Prompt, Trajectory
 from scope_fast.scorecard import Result, average, score_benchmark, tables
+from scope_fast.seeds import seed_of
 from scope_fast.sources import read_rows
 from scope_fast.tasks import TASKS
 from scope_fast.verifier import Verifier
@@ -190,7 +190,7 @@ class Evaluator:
         members = [t for t in checked if t.steps]
         invalid = 0
         for trajectory, probs in zip(members, scorer(members), strict=True):
-            if len(probs) == len(trajectory.steps) and valid_probs(probs):
+            if valid_probs(probs, len(trajectory.steps)):
                 trajectory.first_error = first_error(probs, self.config.prm.tau)
             else:
                 invalid += 1

@@ -24,6 +24,14 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
             offset += len(line)
 
 
+def merged_steps(path: str | Path) -> dict[int, dict[str, Any]]:
+    """step -> its lines' keys together; a later line of a step has the last word."""
+    steps: dict[int, dict[str, Any]] = {}
+    for _, _, record in read_jsonl(path):
+        steps.setdefault(record["step"], {}).update(record)
+    return steps
+
+
 def read_step(path: str | Path, step: int) -> Iterator[dict[str, Any]]:
     """The objects of one step's lines, of a file in step order, found by bisection; nothing where it has none."""
     begin, end = end_of_step(path, step - 1), end_of_step(path, step)

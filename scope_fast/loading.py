@@ -33,3 +33,9 @@ def pretrained(key: str, made_by: type, folder: str, **how: Any) -> Any:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ValueError(f"{key}: {folder} is no checkpoint of {type(model).__name__}: it lacks {missing[0]}{more}")
     return model
+
+
+def check_shared_tokenizer(student, other, name: str) -> None:
+    """Raises ValueError naming the setting `name` unless both tokenizers map the same tokens to the same ids."""
+    if student.get_vocab() != other.get_vocab():
+        raise ValueError(f"{name}: its tokenizer differs from the student's; token ids cannot be passed on")

@@ -80,7 +80,7 @@ def scope_loss(
     for name, value in (("logprob", logprob), ("entropy", entropy)):
         if value is not None and (value.shape != logprob.shape or value.dim() != 1):
             raise ValueError(f"{name} {checks.shape(value)}: expected (T,), like logprob {checks.shape(logprob)}")
-        if value is not None and value.dtype not in (*checks.HIDDEN_DTYPES,):
+        if value is not None and value.dtype not in checks.HIDDEN_DTYPES:
             raise ValueError(f"{name} is {value.dtype}: expected one of {', '.join(map(str, checks.HIDDEN_DTYPES))}")
     checks.validate_streams(streams, options, logprob.shape[0], like="logprob", device=logprob.device)
     if entropy is None and (options.entropy_coef != 0.0 or options.nll_shape == "entropy"):

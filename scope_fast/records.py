@@ -134,11 +134,7 @@ class RolloutLog:
         self.flush()
         self._file.close()
 
-    def append(self, record: Mapping[str, Any]) -> None:
-        """Adds one rollout."""
-        self.append_line(to_json(record))
-
-    def append_line(self, line: str) -> None:
+    def append(self, line: str) -> None:
         """Adds one rollout that `to_json` made a line of, on this rank or another."""
         self._lines.append(line + "\n")
 

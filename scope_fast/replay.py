@@ -18,7 +18,7 @@ from pathlib import Path
 
 from scope_fast import checkpoint, distributed
 from scope_fast.batch import TrainSequence, minibatch_of
-from scope_fast.jsonl import read_jsonl, read_step
+from scope_fast.jsonl import merged_steps, read_jsonl, read_step
 from scope_fast.learner import Learner
 from scope_fast.records import trained_sequence
 
@@ -83,7 +83,7 @@ def replay(learner: Learner, source: Source, prompts_per_step: int) -> Iterator[
     if start is not None:
         learner.load_state_dict(checkpoint.load(start, learner.state_dict()))
         done = checkpoint.step_of(start)
-    metrics = _metrics(source.run_dir / "metrics.jsonl", source.step)
+    metrics = merged_steps(source.run_dir / "metrics.jsonl")
     for step in range(done + 1, source.step + 1):
         file = source.file if step == source.step else source.run_dir / "rollouts.jsonl"
         logged = metrics.get(step, {})
@@ -107,12 +107,3 @@ def read_minibatches(file: Path, step: int, count: int, prompts_per_step: int) -
     if not found:
         raise ValueError(f"{file} lacks step {step}, which lies between the checkpoint and the step to replay")
     return dealt
-
-
-def _metrics(path: Path, last: int) -> dict[int, dict[str, float]]:
-    """The lines of metrics.jsonl up to a step, those of one step merged."""
-    steps: dict[int, dict[str, float]] = {}
-    for _, _, record in read_jsonl(path):
-        if record["step"] <= last:
-            steps.setdefault(record["step"], {}).update(record)
-    return steps

@@ -41,7 +41,7 @@ from typing import Any
 import yaml
 
 from scope_fast.environment import last
-from scope_fast.jsonl import read_jsonl
+from scope_fast.jsonl import merged_steps, read_jsonl
 from scope_fast.metrics import METRICS
 
 MAX_ROLLOUTS = 4000  # embedded in the page
@@ -80,9 +80,7 @@ PANELS = (
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:
     """The lines of metrics.jsonl, those of one step merged, in step order."""
-    rows: dict[int, dict[str, float]] = {}
-    for _, _, record in read_jsonl(run_dir / "metrics.jsonl"):
-        rows.setdefault(record["step"], {}).update(record)
+    rows = merged_steps(run_dir / "metrics.jsonl")
     return [rows[step] for step in sorted(rows)]
 
 
@@ -121,7 +119,7 @@ def panels(names: Iterable[str]) -> dict[str, list[dict[str, Any]]]:
     """{"main": PANELS that have data, "more": a panel for each metric left over}."""
     names = list(names)
     main = [{**asdict(p), "names": kept} for p in PANELS if (kept := [n for n in p.names if n in names])]
-    shown = {name for panel in main for name in panel["names"]} | {"eval/pass_rate_before"}
+    shown = {name for panel in main for name in panel["names"]}
     more = [asdict(Panel(name, (name,))) for name in sorted(names) if name not in shown]
     return {"main": main, "more": more}
 

@@ -14,7 +14,6 @@ says which, and its own log-probabilities are those of the weights that drew eac
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -26,6 +25,7 @@ from scope_fast.data import PromptSource
 from scope_fast.rollout.base import Rollout, RolloutEngine, Sampling
 from scope_fast.scope.steps import TokenBytes, split_steps
 from scope_fast.scope.trajectory import Prompt, Trajectory
+from scope_fast.seeds import seed_of
 
 Group = list[Trajectory]
 Numbered = list[tuple[int, Prompt]]
@@ -125,8 +125,3 @@ class Sampler:
         outputs.set_result([[Rollout(**values) for values in rollouts] for rollouts in ahead["rollouts"]])
         self._ahead = Ahead(state["cursor"], self._draw(), outputs)
         self._data.take_counts()  # of this draw the step before the checkpoint has told already
-
-
-def seed_of(*what: object) -> int:
-    """A seed that is a function of what it is for, in [0, 2**56)."""
-    return int.from_bytes(hashlib.sha256("/".join(map(str, what)).encode()).digest()[:7], "big")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from random import Random
@@ -118,17 +118,12 @@ def _chain_sum(entry: Entry) -> list[Step]:
     return [step(term, int(first) if i == 0 else None) for i, term in enumerate(rest)]
 
 
-@lru_cache
-def _legs() -> dict[str, int]:
-    return dict(ANIMALS)
-
-
 def _leg_counting(entry: Entry) -> list[Step]:
     """One line for each animal: its legs, added to the running total."""
 
     def step(animal: str, count: int) -> Step:
         def work(value: int | None) -> tuple[tuple[str, ...], int]:
-            each, total = _legs()[animal], value or 0
+            each, total = ANIMALS[animal], value or 0
             legs = count * each
             plain = f"{count} {animal} * {each} = {legs}, {total} + {legs}"
             swapped = f"{each} * {count} {animal} = {legs}, {legs} + {total}"
@@ -197,14 +192,6 @@ def dataset(name: str, seed: int) -> Any:
 def _scorer(name: str) -> Any:
     """The data set whose `score_answer` judges; of a generator with one entry, so that no worker waits for more."""
     return dataset(name, 0) if name in TASKS else reasoning_gym.create_dataset(name, seed=0, size=1)
-
-
-def entries(name: str, seed: int, start: int = 0) -> Iterator[Entry]:
-    """Entry after entry of a task, from index `start` on."""
-    data, index = dataset(name, seed), start
-    while True:
-        yield data[index]
-        index += 1
 
 
 def slipping(rng: Random, rate: float) -> Callable[[int], int]:

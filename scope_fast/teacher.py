@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -12,6 +11,7 @@ from typing import Protocol
 from scope_fast import config as cfg
 from scope_fast.rollout.base import LocalEngine, Sampling
 from scope_fast.scope.trajectory import Prompt
+from scope_fast.seeds import seed_of
 from scope_fast.tasks import STYLES, get_task
 
 
@@ -99,7 +99,7 @@ class ModelTeacher:
         fits = [i for i, reason in enumerate(refused) if not reason]
         replies: list[Reply | TeacherError] = [TeacherError(reason) for reason in refused]
         if fits:
-            seeds = [[self._draw(requests[i])] for i in fits]
+            seeds = [[seed_of(self._seed, requests[i].seed, requests[i].prompt.id)] for i in fits]
             rollouts = self._engine.generate([prompts[i] for i in fits], 1, self._sampling, seeds, self._timeout_s)
             for i, (rollout,) in zip(fits, rollouts, strict=True):
                 if rollout.finish_reason == "timeout":
@@ -119,16 +119,6 @@ class ModelTeacher:
         if max(prompt) >= self._engine.vocab_size:  # models of one tokenizer pad their embeddings to different sizes
             return f"the prefix holds token id {max(prompt)}, the teacher knows {self._engine.vocab_size}"
         return ""
-
-    def _draw(self, request: Request) -> int:
-        text = f"{self._seed}/{request.seed}/{request.prompt.id}"
-        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
-
-
-def check_shared_tokenizer(student, other, name: str) -> None:
-    """Raises ValueError naming the setting `name` unless both tokenizers map the same tokens to the same ids."""
-    if student.get_vocab() != other.get_vocab():
-        raise ValueError(f"{name}: its tokenizer differs from the student's; token ids cannot be passed on")
 
 
 def ask(teacher: Teacher, requests: list[Request], timeout_s: float) -> list[Reply | TeacherError]:

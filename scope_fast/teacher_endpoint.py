@@ -15,7 +15,6 @@ Beside them: no_usage, replies that the token budget cannot see; cache_failed, f
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import os
 import random
@@ -29,6 +28,7 @@ from typing import Any, TypeVar
 from scope_fast import config as cfg
 from scope_fast import distributed
 from scope_fast.loading import loading
+from scope_fast.seeds import seed_of
 from scope_fast.teacher import Reply, Request, TeacherError
 
 RETRIED = frozenset({"rate_limit", "server", "timeout", "connection", "bad_json"})
@@ -86,8 +86,8 @@ class EndpointTeacher:
             "temperature": self._config.temperature,
         }
         if self._config.temperature > 0.0:
-            what = f"{self._seed}/{request.seed}/{request.prompt.id}"
-            body["seed"] = int.from_bytes(hashlib.sha256(what.encode()).digest()[:6], "big")
+            # JSON's integers are exact below 2^53
+            body["seed"] = seed_of(self._seed, request.seed, request.prompt.id) >> 8
         if self.sends_tokens:
             return {**body, "prompt": [*request.prompt.ids, *request.prefix_ids]}
         if not request.prefix:
@@ -123,13 +123,13 @@ class EndpointTeacher:
         cached = self._cached(body)
         if cached is not None:
             self.counts["cached" if isinstance(cached, Reply) else f"error/{cached.category}"] += 1
-            return self._spliced(request, cached) if isinstance(cached, Reply) else cached
+            return self._without_repeated_space(request, cached) if isinstance(cached, Reply) else cached
         for attempt in range(self._server.retries + 1):
             async with slots:
                 outcome, retry_after = await self._attempt(client, body)
             if isinstance(outcome, Reply):
                 self._store(body, outcome)
-                return self._spliced(request, outcome)
+                return self._without_repeated_space(request, outcome)
             wait = self._server.backoff_s * 2**attempt * self._jitter.uniform(0.5, 1.0)
             wait = max(wait, retry_after)
             late = asyncio.get_running_loop().time() + wait >= self._deadline
@@ -195,7 +195,7 @@ class EndpointTeacher:
             self.counts["no_usage"] += 1
         return Reply(content, finished)
 
-    def _spliced(self, request: Request, reply: Reply) -> Reply:
+    def _without_repeated_space(self, request: Request, reply: Reply) -> Reply:
         """A chat template may strip the prefix (Llama 3's `| trim`); a model that goes on from there writes the white
         space at its end again, which the student's text has already."""
         ending = request.prefix[len(request.prefix.rstrip()) :]

@@ -129,15 +129,17 @@ def parse(argv: list[str] | None) -> tuple[Config, str, bool, replay.Source | No
                 raise ValueError(f"--replay takes the run's own configuration, not {path}")
             config = load(source.run_dir / "config.yaml", overrides(rest))
             return config.model_copy(update={"out": str(source.run_dir)}), "auto", False, source
-        named = known.resume if known.resume not in ("auto", "never") else None
-        if named is not None and not (Path(named).expanduser() / "config.yaml").exists():
-            raise ValueError(f"--resume {named}: no run there (no config.yaml)")
-        out = dict(overrides(rest)).get("out", named)
-        if named is not None and Path(out).expanduser().resolve() != Path(named).expanduser().resolve():
-            raise ValueError(f"--resume {named} goes on in that directory, not in --out {out}")
-        config = load(path if path or named is None else Path(named).expanduser() / "config.yaml", overrides(rest))
-        if named is not None:
-            config = config.model_copy(update={"out": named})
+        pairs = overrides(rest)
+        if known.resume in ("auto", "never"):
+            config = load(path, pairs)
+        else:
+            run = Path(known.resume).expanduser()
+            if not (run / "config.yaml").exists():
+                raise ValueError(f"--resume {known.resume}: no run there (no config.yaml)")
+            out = dict(pairs).get("out", known.resume)
+            if Path(out).expanduser().resolve() != run.resolve():
+                raise ValueError(f"--resume {known.resume} goes on in that directory, not in --out {out}")
+            config = load(path or run / "config.yaml", pairs).model_copy(update={"out": known.resume})
         if config.data.path is None:
             for name in config.data.tasks:
                 check_name(name)

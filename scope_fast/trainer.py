@@ -23,11 +23,12 @@ from scope_fast.metrics import Timer, fold
 from scope_fast.prm.scorers import StepScorer
 from scope_fast.records import RolloutLog, TokenTexts, record, to_json
 from scope_fast.rollout.base import RolloutEngine, Sampling
-from scope_fast.sampler import Group, Sampler, seed_of
+from scope_fast.sampler import Group, Sampler
 from scope_fast.scope.advantage import Stamped, method
 from scope_fast.scope.localize import first_error, is_near_miss, kept_steps, valid_probs
 from scope_fast.scope.rectify import Rejected, splice
 from scope_fast.scope.trajectory import Prompt, Trajectory
+from scope_fast.seeds import seed_of
 from scope_fast.teacher import Reply, Request, Teacher, TeacherError, ask, counts_of
 from scope_fast.verifier import Verifier
 
@@ -99,7 +100,7 @@ class Trainer:
         if wanted == "none" or not members:
             return
         for trajectory, probs in zip(members, self.scorer(members), strict=True):
-            if len(probs) == len(trajectory.steps) and valid_probs(probs):
+            if valid_probs(probs, len(trajectory.steps)):
                 trajectory.step_probs = probs
                 trajectory.first_error = first_error(probs, self.config.prm.tau)
             else:
@@ -185,7 +186,7 @@ class Trainer:
             return
         every = {key: line for part in parts for key, line in part.items()}
         for key in sorted(every) if due else ():
-            self.log.append_line(every[key])
+            self.log.append(every[key])
         self.log.flush()
         if failed:
             health.keep_failed(self.config.run_dir, self.done, [every[key] for key in sorted(every)])

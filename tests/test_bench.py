@@ -16,7 +16,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # bench/ is not installed: a plain `pytest` would not find it
 
-from bench import bench_linear_scope_loss, cli, gpu_suite, harness, memory, peers, quickstart, report, targets  # noqa: E402
+from bench import bench_linear_scope_loss, cli, gpu_suite, harness, memory, peers, quickstart, report, targets, timing  # noqa: E402
 from bench.harness import Formula, Spec, Variant  # noqa: E402
 from bench.problems import ERROR_LIMITS, HeadProblem  # noqa: E402
 
@@ -165,7 +165,7 @@ def test_gpu_suite_needs_a_gpu(capsys):
 
 
 def test_summary_by_hand():
-    got = harness.summary([4.0, 2.0, 3.0, 7.0, 5.0], baseline=[2.0, 1.0, 4.0])
+    got = timing.summary([4.0, 2.0, 3.0, 7.0, 5.0], baseline=[2.0, 1.0, 4.0])
     # quartiles of 2 3 4 5 7 (exclusive method): 2.5 and 6
     assert got == {
         "median_s": 4.0,
@@ -179,8 +179,8 @@ def test_summary_by_hand():
 
 def test_variants_take_turns(monkeypatch):
     calls = []
-    monkeypatch.setattr(harness.Clock, "calls_per_sample", lambda self, run: 1)
-    samples = harness.interleaved({name: lambda name=name: calls.append(name) for name in "ABC"}, "cpu", 40)
+    monkeypatch.setattr(timing.Clock, "calls_per_sample", lambda self, run: 1)
+    samples = timing.interleaved({name: lambda name=name: calls.append(name) for name in "ABC"}, "cpu", 40)
     assert [len(taken) for taken in samples.values()] == [40, 40, 40]
     rounds = ["".join(calls[i : i + 3]) for i in range(0, len(calls), 3)]
     assert rounds[0] == "ABC" and len(rounds) == 41  # one to warm up
@@ -189,8 +189,8 @@ def test_variants_take_turns(monkeypatch):
 
 
 def test_a_spent_budget_keeps_three_rounds(monkeypatch):
-    monkeypatch.setattr(harness.Clock, "calls_per_sample", lambda self, run: 1)
-    assert len(harness.interleaved({"A": lambda: None}, "cpu", 50, budget_s=0.0)["A"]) == harness.MIN_ROUNDS
+    monkeypatch.setattr(timing.Clock, "calls_per_sample", lambda self, run: 1)
+    assert len(timing.interleaved({"A": lambda: None}, "cpu", 50, budget_s=0.0)["A"]) == timing.MIN_ROUNDS
 
 
 def test_agreement():
@@ -341,7 +341,7 @@ def test_targets_by_hand():
 
 
 def test_a_call_that_fails_in_the_rounds_costs_itself_alone(monkeypatch):
-    monkeypatch.setattr(harness.Clock, "calls_per_sample", lambda self, run: 1)
+    monkeypatch.setattr(timing.Clock, "calls_per_sample", lambda self, run: 1)
     calls, failed = [], {}
 
     def fails():
@@ -349,12 +349,12 @@ def test_a_call_that_fails_in_the_rounds_costs_itself_alone(monkeypatch):
         if len(calls) > 2:
             raise RuntimeError("out of something\nmore")
 
-    samples = harness.interleaved({"A": lambda: None, "B": fails}, "cpu", 5, failed=failed)
+    samples = timing.interleaved({"A": lambda: None, "B": fails}, "cpu", 5, failed=failed)
     assert samples.keys() == {"A"} and len(samples["A"]) == 5
     assert failed == {"B": "RuntimeError: out of something"}
-    monkeypatch.setattr(harness, "works", lambda device: False)  # as after an illegal access
+    monkeypatch.setattr(timing, "works", lambda device: False)  # as after an illegal access
     calls.clear()
-    samples = harness.interleaved({"A": lambda: None, "B": fails, "C": lambda: None}, "cpu", 5)
+    samples = timing.interleaved({"A": lambda: None, "B": fails, "C": lambda: None}, "cpu", 5)
     # B failed in its second round: whoever came before it there has two samples, and nobody has more
     assert samples.keys() == {"A", "C"} and {len(taken) for taken in samples.values()} <= {1, 2}
 

@@ -297,7 +297,8 @@ def test_export_loads_bitwise_equal(tmp_path, tied, dtype):
     model = tiny_model(tied, dtype)
     (tmp_path / "export").mkdir()
     (tmp_path / "export" / "left-over.txt").write_text("of an older export")
-    path = checkpoint.export(tmp_path, model, word_tokenizer(), GenerationConfig(temperature=0.7, do_sample=True))
+    model.generation_config = GenerationConfig(temperature=0.7, do_sample=True)
+    path = checkpoint.export(tmp_path, model, word_tokenizer())
     assert path == tmp_path / "export"
     assert sorted(p.name for p in path.iterdir()) == [
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",

@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "scope_fast"
 
 LEVELS = [
-    "kernels batch native verifier distributed diversity progress tasks estimators files loading model_checks jsonl",
+    "kernels batch native verifier distributed diversity progress tasks estimators files loading model_checks jsonl "
+    "seeds",
     "config ops answers checkpoint sharding health interrupt flops attention convert_gguf environment",
     "losses scope rollout metrics math_answers sources config_files",
     "__init__ learner teacher data records report scorecard plan suite",

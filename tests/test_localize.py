@@ -37,13 +37,13 @@ def test_tau_is_half_by_default():
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF, -1e-9, math.nextafter(1.0, 2)])
 def test_what_is_no_probability(bad):
-    assert not valid_probs([0.5, bad])
-    assert not valid_probs([bad])
+    assert not valid_probs([0.5, bad], 2)
+    assert not valid_probs([bad], 1)
 
 
 def test_what_is_one():
-    assert valid_probs([0.0, 1.0, 0.5])
-    assert valid_probs([])
+    assert valid_probs([0.0, 1.0, 0.5], 3) and not valid_probs([0.0, 1.0, 0.5], 2)
+    assert valid_probs([], 0) and not valid_probs([], 1)
 
 
 @pytest.mark.parametrize(

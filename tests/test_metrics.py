@@ -90,8 +90,8 @@ def test_steps_only_go_on(tmp_path):
 def write_logs(directory: Path, steps: int) -> None:
     with MetricsWriter(directory, steps, "scope") as writer, RolloutLog(directory) as log:
         for step in range(1, steps + 1):
-            log.append({"step": step, "sample": 0})
-            log.append({"step": step, "sample": 1})
+            log.append(json.dumps({"step": step, "sample": 0}))
+            log.append(json.dumps({"step": step, "sample": 1}))
             writer.write(step, {"reward/mean": step / 10})
 
 
@@ -100,7 +100,7 @@ def test_resume_cuts_the_logs_back_and_goes_on(tmp_path):
     with (tmp_path / "rollouts.jsonl").open("a") as file:
         file.write('{"step": 5, "sam')  # torn by a kill
     with RolloutLog(tmp_path) as log, MetricsWriter(tmp_path, 4, "scope", resume_step=2) as writer:
-        log.append({"step": 3, "sample": 7})  # a log opened before the cut goes on after it
+        log.append(json.dumps({"step": 3, "sample": 7}))  # a log opened before the cut goes on after it
         writer.write(3, {"reward/mean": 0.75})
     assert [(row["step"], row["reward/mean"]) for row in lines(tmp_path / "metrics.jsonl")] == [
         (1, 0.1),

@@ -75,7 +75,7 @@ def test_nan_weights_give_nan_probabilities_and_leave_the_rest_to_the_caller():
     for probs, member in zip(TokenClassifierScorer(made, 100)(members), members, strict=True):
         assert len(probs) == len(member.steps)
         assert all(p != p for p in probs)
-        assert not valid_probs(probs)
+        assert not valid_probs(probs, len(probs))
         assert first_error(probs) == 0
 
 

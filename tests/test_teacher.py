@@ -11,10 +11,11 @@ from factories import byte_level, configured, prompt, sentencepiece
 
 from scope_fast import build
 from scope_fast import config as cfg
+from scope_fast.loading import check_shared_tokenizer
 from scope_fast.rollout.base import Rollout
 from scope_fast.scope.rectify import Rejected, splice
 from scope_fast.tasks import TASKS
-from scope_fast.teacher import ModelTeacher, Reply, Request, SolverTeacher, TeacherError, ask, check_shared_tokenizer
+from scope_fast.teacher import ModelTeacher, Reply, Request, SolverTeacher, TeacherError, ask
 
 CHAIN = {"answer": "15", "metadata": {"source_dataset": "chain_sum", "expression": "12 + 7 - 4"}}
 

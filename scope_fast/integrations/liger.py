@@ -113,7 +113,7 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         clipped = metrics["policy/clipped"] / count
         if self.beta == 0.0:
             return loss, (clipped,)
-        return loss, (self._mean_kl(hidden, lin_weight, bias, streams, rows) / count, clipped)
+        return loss, (self._kl_sum(hidden, lin_weight, bias, streams, rows) / count, clipped)
 
     def _weights(self, mask: Tensor, num_items_in_batch: Tensor | float | None) -> Tensor:
         """(B, T) float32: what a token's loss is multiplied by."""
@@ -144,7 +144,7 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         return scored.logprob.new_zeros(mask.shape).masked_scatter(mask, scored.logprob)
 
     @torch.no_grad()
-    def _mean_kl(
+    def _kl_sum(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, streams: TokenStreams, rows: Tensor
     ) -> Tensor:
         """Sum over the unmasked rows of the k3 estimate: zero without a reference."""

@@ -106,8 +106,6 @@ def _missing_around_rows() -> str:
 
 
 def _missing_triton(stem: str, device_type: str) -> str:
-    if stem not in _TRITON:
-        return f"{stem} has no triton kernel"
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     if importlib.util.find_spec(f"scope_fast.kernels.{_TRITON[stem]}") is None:

@@ -166,19 +166,22 @@ def linear_logprob_backward_op(
     backend = dispatch.resolve(STEM, backend, hidden.device.type)
     grads, needs = (grad_logprob, grad_entropy, grad_logsumexp), (need_dhidden, need_dweight, need_dbias)
     with dispatch.body(hidden):
-        if backend == "reference":
-            per_row = _rows_temperature(temperature, scale, hidden)
-            return reference.linear_logprob_backward(
-                grads, hidden, weight, bias, target, per_row, logits_dtype, chunk_tokens, needs
-            )
+        if backend == "triton":
+            from scope_fast.kernels.linear_logprob import linear_logprob_backward
+
+            return linear_logprob_backward(
+                grads, hidden, weight, bias, target, temperature, scale, entropy, state,
+                logits_dtype, chunk_tokens, needs,
+            )  # fmt: skip
         if backend == "cpu":
-            run = torch.ops.scope_fast_native.linear_logprob_backward
-        else:
-            from scope_fast.kernels.linear_logprob import linear_logprob_backward as run
-        return run(
-            *grads, hidden, weight, bias, target, temperature, scale, entropy, state,
-            logits_dtype, chunk_tokens, *needs,
-        )  # fmt: skip
+            return torch.ops.scope_fast_native.linear_logprob_backward(
+                *grads, hidden, weight, bias, target, temperature, scale, entropy, state,
+                logits_dtype, chunk_tokens, *needs,
+            )  # fmt: skip
+        per_row = _rows_temperature(temperature, scale, hidden)
+        return reference.linear_logprob_backward(
+            grads, hidden, weight, bias, target, per_row, logits_dtype, chunk_tokens, needs
+        )
 
 
 @linear_logprob_backward_op.register_fake

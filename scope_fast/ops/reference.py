@@ -39,10 +39,8 @@ class Rows(NamedTuple):
 
 
 class RowTerms(NamedTuple):
-    """What a loss asks of each row: its loss by component, its two gradient scalars, and its metrics."""
+    """What a loss asks of each row: its two gradient scalars and its metrics, the first two of them its loss."""
 
-    loss_rl: torch.Tensor  # (T,)
-    loss_nll: torch.Tensor  # (T,)
     g: torch.Tensor  # (T,), dloss/dl
     h: torch.Tensor  # (T,), dloss/dH
     metrics: torch.Tensor  # (9, T), options.METRICS by row
@@ -110,7 +108,7 @@ def row_terms(logprob: torch.Tensor, entropy: torch.Tensor, rows: Rows, o: RowOp
     gap = zero if rows.rollout_logprob is None else torch.where(rl, (logp - rollout).abs(), zero)
     old_kl = torch.where(rl, ratio - 1 - log_ratio, zero)  # k3 of KL(old || new): the tokens are old's
     sums = (loss_rl, loss_nll, rl.to(logp.dtype), h_rl, old_kl, (clipped & rl).to(logp.dtype), gap)
-    return RowTerms(loss_rl, loss_nll, g, h, torch.stack((*sums, ratio, gap)))
+    return RowTerms(g, h, torch.stack((*sums, ratio, gap)))
 
 
 def policy_terms(
@@ -361,7 +359,7 @@ def step_pools(prob: torch.Tensor, cu_steps: torch.Tensor, tau: float) -> tuple[
     start, count = cu_steps[:-1], cu_steps.diff()
     num_steps = prob.shape[0]
     if num_steps == 0:
-        return start - start, *(torch.zeros_like(start, dtype=prob.dtype) for _ in range(4))
+        return torch.zeros_like(start), *(torch.zeros_like(start, dtype=prob.dtype) for _ in range(4))
     step = torch.arange(num_steps, device=prob.device)
     rollout = torch.searchsorted(cu_steps, step, right=True) - 1
     error = torch.where(prob >= tau, num_steps, step)  # NaN >= tau is false: an error

@@ -32,7 +32,7 @@ def scope_loss_op(
     backend = dispatch.resolve(STEM, backend, logprob.device.type)
     if logprob.device.type == "cpu":
         checks.require_advantage(segment, advantage)
-    rows = reference.Rows(
+    rows = reference.Rows(  # no target here: any (T,) tensor stands in for it
         segment, segment, loss_weight, old_logprob, advantage, ref_logprob, rollout_logprob, temperature=None
     )
     with dispatch.body(logprob):

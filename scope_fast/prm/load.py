@@ -8,11 +8,10 @@ import torch
 
 from scope_fast import attention, distributed
 from scope_fast.config import Config
-from scope_fast.loading import loading, pretrained
+from scope_fast.loading import check_shared_tokenizer, loading, pretrained
 from scope_fast.prm import text_scorers
 from scope_fast.prm.scorers import ExactScorer, StepScorer, TokenClassifierScorer
 from scope_fast.prm.vllm_pooling import VllmStepScorer
-from scope_fast.teacher import check_shared_tokenizer
 
 
 def make_scorer(config: Config, folder: str | None, tokenizer, stack: ExitStack | None = None) -> StepScorer:

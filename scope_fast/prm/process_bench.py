@@ -92,7 +92,7 @@ def predict(scorer: StepScorer, tokenizer, items: Sequence[Item], config: Config
     encoded = [encode(tokenizer, items[i], config.scope.step_separator) for i in usable]
     for i, probs in zip(usable, scorer(encoded), strict=True):
         count = len(items[i].steps)
-        if len(probs) == count and valid_probs(probs):
+        if valid_probs(probs, count):
             found[i] = first_error_label(first_error(probs, config.prm.tau), count)
     return found
 

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from scope_fast import distributed
 from scope_fast.batch import bins
 from scope_fast.config import Data, unescaped
 from scope_fast.data import encode_prompt
@@ -172,7 +173,7 @@ def train(base: str, data: str, out: Path, settings: Settings) -> None:
 
     disable_progress_bar()  # of its loading and saving: our lines are enough
     torch.manual_seed(settings.seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = distributed.device()
     with loading("BASE", base):
         tokenizer = AutoTokenizer.from_pretrained(base)
         longest = AutoConfig.from_pretrained(base).max_position_embeddings

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from scope_fast import distributed
 from scope_fast.loading import pretrained
 from scope_fast.rollout.base import (
     EngineOptions,
@@ -47,7 +48,7 @@ class TransformersEngine:
     def __init__(self, model_dir: str, options: EngineOptions | None = None) -> None:
         self._options = options or EngineOptions()
         dtype = getattr(torch, self._options.dtype)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = distributed.device()
         self._model = _load_quietly(str(model_dir), dtype).to(device).eval()
         config = self._model.config
         self._context = self._options.max_model_len or config.max_position_embeddings

@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 
 
-def valid_probs(probs: Sequence[float]) -> bool:
-    """Whether a reward model's output can be used: every probability a number in [0, 1]."""
-    return all(math.isfinite(p) and 0.0 <= p <= 1.0 for p in probs)
+def valid_probs(probs: Sequence[float], num_steps: int) -> bool:
+    """Whether a reward model's output can be used: for every step a probability, a number in [0, 1]."""
+    return len(probs) == num_steps and all(math.isfinite(p) and 0.0 <= p <= 1.0 for p in probs)
 
 
 def first_error(probs: Sequence[float], tau: float = 0.5) -> int:
