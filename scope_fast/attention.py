@@ -24,7 +24,7 @@ _lengths = WeakIdKeyDictionary()  # by the position_ids that all layers of a for
 def implementation(dtype: torch.dtype, kind: str = "auto") -> str:
     """The attention implementation transformers is asked for, for a model that computes in `dtype`.
 
-    "auto": flash-attn where it can run, else `packed_sdpa`. ValueError where "flash_attention_2" cannot run.
+    "auto": flash-attn where it can run, else `packed_sdpa`. ValueError where the kind that is named cannot run.
     """
     usable = torch.cuda.is_available() and find_spec("flash_attn") is not None and dtype in FLASH_DTYPES
     if kind == "flash_attention_2" and not usable:

@@ -6,28 +6,26 @@ from collections.abc import Callable
 from contextlib import ExitStack, closing
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from scope_fast import attention, convert_gguf, distributed, sharding, warm_start
+from scope_fast.build_checks import check_classes, check_context, check_here, check_sampled_by, check_teacher_tokenizer
 from scope_fast.config import Config
 from scope_fast.data import PromptSource
 from scope_fast.interrupt import Stopped
 from scope_fast.learner import Learner
-from scope_fast.loading import check_shared_tokenizer, loading, pretrained
-from scope_fast.metrics import import_wandb
-from scope_fast.ops import dispatch
-from scope_fast.prm.load import make_scorer
+from scope_fast.loading import loading, pretrained
+from scope_fast.prm.load import check_prm_tokenizer, make_scorer
 from scope_fast.progress import console, progress_bars
 from scope_fast.records import RolloutLog
-from scope_fast.rollout import make_engine, vllm_process
+from scope_fast.rollout import make_engine
 from scope_fast.rollout.base import EngineOptions
 from scope_fast.teacher import ModelTeacher, SolverTeacher, Teacher
 from scope_fast.teacher_endpoint import EndpointTeacher
 from scope_fast.trainer import Trainer
 from scope_fast.verifier import Verifier
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ROLES = ("student", "prm", "teacher")
 MODELLESS = (("prm", "exact"), ("teacher", "solver"), ("teacher", "endpoint"))  # roles and their kinds
 
@@ -37,36 +35,24 @@ def build(config: Config, stack: ExitStack, between: Callable[[], None] = lambda
 
     between: called at every optimiser step of a model that is made; may raise Stopped.
     """
-    ranks = distributed.world_size()
-    if config.rollout.prompts_per_step < ranks:
-        raise ValueError(
-            f"rollout.prompts_per_step={config.rollout.prompts_per_step}: at least one for each of {ranks} ranks"
-        )
-    if config.rollout.server_gpus and ranks > 1:
-        raise ValueError(
-            f"rollout.server_gpus: each of {ranks} ranks would start a server on them; start one and name it as "
-            "rollout.server_url"
-        )
-    if config.learner.cpu_offload and ranks == 1:
-        raise ValueError("learner.cpu_offload: it is FSDP2's of sharded weights, and one process has none")
-    if config.logging.wandb_project and distributed.is_main():
-        import_wandb()
-    if backend := config.loss.backend:
-        for stem in ("linear_scope_loss", "linear_logprob"):
-            if missing := dispatch.missing_for(stem, backend, distributed.device().type):
-                raise ValueError(f"loss.backend={backend}: {missing}")
+    check_here(config)
     disable_progress_bar()  # of transformers' loading: ours is enough
     folders = role_folders(config, between)
     torch.manual_seed(config.seed + distributed.rank())
     # what can be wrong with data, verifier and teacher shows before a model is loaded and an engine is up
     tokenizer = load_tokenizer(folders["student"])
     data = PromptSource(config, tokenizer)
-    verifier = Verifier(config.verifier.score, config.verifier.workers, config.verifier.timeout_s)
+    try:
+        verifier = Verifier(config.verifier.score, config.verifier.workers, config.verifier.timeout_s)
+    except ValueError as error:
+        raise ValueError(f"verifier.{error}") from None
     stack.enter_context(verifier)
-    for role in ("prm", "teacher"):
+    check_context(config, folders["student"])
+    for role, check in (("prm", check_prm_tokenizer), ("teacher", check_teacher_tokenizer)):
         if folders[role] is not None:
             with loading(f"{role}.path", folders[role]):
                 AutoConfig.from_pretrained(folders[role])
+                check(config, folders[role], tokenizer)
     teacher = None if folders["teacher"] else make_teacher(config, None, tokenizer, stack)
     student = load_student(config, folders["student"])
     check_sampled_by(config.rollout.engine, student)
@@ -90,26 +76,6 @@ def build(config: Config, stack: ExitStack, between: Callable[[], None] = lambda
     return trainer
 
 
-def check_sampled_by(engine: str, student) -> None:
-    """ValueError for a mixture of experts and vLLM: what its experts are sent changes nothing, or something else."""
-    if engine == "transformers" or (engine == "auto" and not vllm_process.is_installed()):
-        return
-    if any("experts" in name and p.dim() == 3 for name, p in student.base_model.named_parameters()):
-        raise ValueError(
-            f"rollout.engine: the experts of {type(student).__name__} do not reach vLLM by the weight sync; take "
-            "transformers"
-        )
-
-
-def check_classes(engine, key: str, folder: str, instead: str) -> None:
-    """ValueError for an engine whose model runs on transformers' own classes, changed for the whole process."""
-    if engine.changes_transformers:
-        raise ValueError(
-            f"{key}: vLLM serves {folder} by transformers' own classes, which it changes in the whole process, the "
-            f"learner's too; take {instead}"
-        )
-
-
 def make_learner(config: Config, student) -> Learner:
     """The learner of a run, sharded where there are several ranks."""
     return Learner(
@@ -119,7 +85,7 @@ def make_learner(config: Config, student) -> Learner:
         total_steps=config.steps,
         joint_normalizer=config.loss.nll_normalizer == "joint",
         backend=config.loss.backend,
-        compute_dtype=DTYPES[config.model.dtype],
+        compute_dtype=getattr(torch, config.model.dtype),
         mesh=(
             sharding.make_mesh(config.learner.shard_size, config.distributed.timeout_s)
             if distributed.world_size() > 1
@@ -172,8 +138,6 @@ def _role_path(config: Config, role: str) -> str | None:
 
 def load_tokenizer(folder: str):
     """The student's. ValueError for a folder or hub name that has none, or one without an end-of-sequence token."""
-    from transformers import AutoTokenizer
-
     with loading("model.path", folder):
         tokenizer = AutoTokenizer.from_pretrained(folder)
     if tokenizer.eos_token_id is None:
@@ -185,7 +149,7 @@ def load_student(config: Config, folder: str):
     """The student's model. ValueError for a folder or hub name that has none, or not all of its weights."""
     from transformers import AutoModelForCausalLM
 
-    attend = attention.implementation(DTYPES[config.model.dtype], config.learner.attention)
+    attend = attention.implementation(getattr(torch, config.model.dtype), config.learner.attention)
     # float32 whatever model.dtype says: a bfloat16 weight would lose an update of 1e-6: the learner casts instead
     how = {"dtype": torch.float32, "attn_implementation": attend}
     model = pretrained("model.path", AutoModelForCausalLM, folder, **how)
@@ -228,10 +192,6 @@ def make_teacher(config: Config, folder: str | None, tokenizer, stack: ExitStack
         endpoint = EndpointTeacher(settings, tokenizer, config.seed)
         endpoint.check()
         return endpoint
-    from transformers import AutoTokenizer
-
-    with loading("teacher.path", folder):
-        check_shared_tokenizer(tokenizer, AutoTokenizer.from_pretrained(folder), "teacher.path")
     options = EngineOptions(
         dtype=config.model.dtype,
         max_model_len=config.rollout.context,

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from os.path import expanduser
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from scope_fast.batch import LossOptions
 
@@ -28,6 +31,24 @@ Style = Literal["plain", "swapped", "worded"]  # tasks.STYLES
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic would take true for 1."""
+        if isinstance(value, bool) and bool not in plain_types(cls.model_fields[info.field_name].annotation):
+            raise ValueError("expected another value than true or false")
+        return value
+
+
+def plain_types(annotation: Any) -> Iterator[Any]:
+    """The types that a field's annotation admits: of a union each, without what Annotated adds."""
+    if get_origin(annotation) in (Union, UnionType, Annotated):
+        inner = get_args(annotation)
+        for part in inner[:1] if get_origin(annotation) is Annotated else inner:
+            yield from plain_types(part)
+    else:
+        yield get_origin(annotation) or annotation
+
 
 class WarmStart(_Section):
     """How the tiny student, its reward model and its stronger sister are made (scope_fast/warm_start.py)."""
@@ -37,7 +58,7 @@ class WarmStart(_Section):
     num_heads: Positive = 4
     num_kv_heads: Positive = 2
     intermediate_size: Positive = 240
-    vocab_size: Positive = 512
+    vocab_size: int = Field(512, ge=258, description="256 bytes, two special tokens, and merges")
     tie_embeddings: bool = True
     student_steps: Positive = Field(900, description="optimiser steps on imperfect worked solutions")
     teacher_steps: Positive = Field(300, description="further steps of the stronger model, on flawless solutions")
@@ -52,6 +73,14 @@ class WarmStart(_Section):
     batch_sequences: Positive = 64
     lr: float = Field(3e-3, gt=0)
     seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _makes_a_model(self) -> WarmStart:
+        if self.hidden_size % self.num_heads or self.hidden_size // self.num_heads % 2:
+            raise ValueError(f"hidden_size={self.hidden_size}: expected an even number for each of num_heads")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads={self.num_heads}: expected a multiple of num_kv_heads={self.num_kv_heads}")
+        return self
 
     @property
     def architecture(self) -> dict[str, Any]:
@@ -102,6 +131,17 @@ class Data(_Section):
     max_prompt_tokens: Positive | None = Field(None, description="None: what rollout.context leaves")
     heldout: Positive = Field(256, description="prompts set aside for evaluation; never trained on")
 
+    @model_validator(mode="after")
+    def _reads_what_is_named(self) -> Data:
+        columns = ("subset", "prompt_column", "answer_column", "choices_column", "distractor_columns")
+        if self.path is None and (named := [name for name in columns if getattr(self, name)]):
+            raise ValueError(f"{named[0]}: of a data set at data.path, and none is named")
+        if self.choices_column and self.distractor_columns:
+            raise ValueError("choices_column: the options are there, or in distractor_columns beside the right one")
+        if self.max_prompt_tokens is not None and self.max_prompt_tokens < self.min_prompt_tokens:
+            raise ValueError(f"max_prompt_tokens={self.max_prompt_tokens} < min_prompt_tokens={self.min_prompt_tokens}")
+        return self
+
 
 class Rollout(_Section):
     """Sampling from the student."""
@@ -125,13 +165,11 @@ class Rollout(_Section):
     prompts_per_step: Positive = 16
     group_size: int = Field(8, ge=2, description="rollouts per prompt, G")
     temperature: float = Field(1.0, gt=0)
-    top_p: float = Field(
-        1.0, gt=0, le=1.0, description="keep 1.0: the learner's log-probabilities are those of the full distribution"
-    )
+    top_p: float = Field(1.0, gt=0, le=1.0, description="of evaluations too; keep 1.0: the learner knows no nucleus")
     max_tokens: Positive = 128
     context: Positive = Field(256, description="prompt and response together; longer prompts are skipped and counted")
     max_num_seqs: Positive = Field(256, description="most sequences the engine decodes at once")
-    kv_cache_gib: float = Field(1.0, gt=0, description="vLLM's cache on CPU")
+    kv_cache_gib: float = Field(1.0, ge=2**-10, description="vLLM's cache on CPU")
     gpu_memory_utilization: float = Field(
         0.4, gt=0, lt=1, description="vLLM's share of a GPU it shares with the learner"
     )
@@ -139,6 +177,13 @@ class Rollout(_Section):
         0, description="vLLM's, while the learner has the GPU: 1 frees its cache, 2 its weights too"
     )
     num_threads: Positive | None = Field(None, description="torch's threads while sampling on CPU; None: all")
+
+    @field_validator("server_url")
+    @classmethod
+    def _is_a_url(cls, url: str | None) -> str | None:
+        if url is not None and (urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname):
+            raise ValueError("expected http://HOST:PORT")
+        return url
 
     @field_validator("server_gpus")
     @classmethod
@@ -180,6 +225,8 @@ class Prm(_Section):
 
     @model_validator(mode="after")
     def _has_a_model(self) -> Prm:
+        if self.path != "tiny" and self.kind == "exact":
+            raise ValueError("path: kind exact is the task's own checker and reads no model")
         if self.path == "tiny" and self.kind not in ("token_classifier", "exact"):
             raise ValueError(f"path: kind {self.kind} needs a Hugging Face folder or hub name")
         if self.engine == "vllm" and self.kind != "qwen2.5-math-prm":
@@ -228,12 +275,16 @@ class Teacher(_Section):
         True,
         description="of kind solver: go on in the style of the prefix's last step, where it has one (bench/NOTES.md)",
     )
-    temperature: float = Field(0.0, ge=0)
+    temperature: float = Field(0.0, ge=0, description="of kinds model and endpoint; a solver draws but styles")
     timeout_s: float = Field(60.0, gt=0, description="for all requests of a step together")
     max_tokens: Positive = Field(128, description="budget of a suffix; one that does not finish within it is rejected")
 
     @model_validator(mode="after")
-    def _has_a_server(self) -> Teacher:
+    def _is_what_is_named(self) -> Teacher:
+        if self.kind != "model" and self.path != "tiny":
+            raise ValueError(f"path: only kind model is one, and kind is {self.kind}")
+        if self.kind != "endpoint" and self.endpoint.url:
+            raise ValueError(f"endpoint.url: only kind endpoint asks it, and kind is {self.kind}")
         if self.kind == "endpoint" and not (self.endpoint.url and self.endpoint.model):
             raise ValueError("endpoint: kind endpoint needs endpoint.url and endpoint.model")
         return self
@@ -266,7 +317,7 @@ class Scope(_Section):
 class Loss(_Section):
     """The objective. Fields named as in `LossOptions` are passed on to it."""
 
-    clip_low: float = 0.2
+    clip_low: float = Field(0.2, description="clips nothing in a step's first update, whose ratios are 1; as clip_high")
     clip_high: float = 0.2
     dual_clip: float | None = None
     policy_loss: Literal["ppo", "cispo"] = "ppo"
@@ -279,11 +330,15 @@ class Loss(_Section):
     nll_normalizer: Literal["own", "joint"] = Field(
         "own", description=f"divide by the count of NLL tokens, or of all trained tokens (as LUFFY); {OURS}"
     )
-    advantage_std: bool = Field(False, description=f"divide advantages by the group's standard deviation; {OURS}")
+    advantage_std: bool = Field(
+        False, description=f"divide advantages by the group's standard deviation (prm_reward always does); {OURS}"
+    )
     baseline_includes_repaired: bool = Field(
         True, description=f"baseline over the group after replacement, or over its original rewards; {OURS}"
     )
-    logits_dtype: Literal["float32", "bfloat16"] = "float32"
+    logits_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="between a bfloat16 head and its softmax; a float32 head's are float32"
+    )
     chunk_tokens: int | None = None
     backend: Literal["reference", "triton", "cpu"] | None = Field(
         None, description="None: the fastest there is for each op (ops/dispatch.py), csrc/cuda's among them"
@@ -332,6 +387,12 @@ class Evaluation(_Section):
     prompts: Positive = 256
     samples: Positive = 2
     temperature: float = Field(1.0, ge=0)
+
+    @model_validator(mode="after")
+    def _differ(self) -> Evaluation:
+        if self.temperature == 0.0 and self.samples > 1:
+            raise ValueError(f"samples={self.samples}: at temperature 0 all would be the same; set 1")
+        return self
 
 
 class Checkpoint(_Section):
@@ -396,7 +457,7 @@ class Config(_Section):
             raise ValueError(f"loss.{error}") from None
         try:
             str(self.run_dir)
-        except (KeyError, IndexError, ValueError) as error:
+        except (AttributeError, KeyError, IndexError, ValueError) as error:
             raise ValueError(f"out={self.out!r}: only {{method}} and {{seed}} are filled in ({error})") from None
         if self.rollout.max_tokens >= self.rollout.context:
             raise ValueError(
@@ -425,6 +486,9 @@ class Config(_Section):
             raise ValueError(f"rollout.sleep_level: only vLLM in this process sleeps, not {self.rollout.engine}")
         if self.loss.kl != "none" and self.loss.kl_coef == 0.0:
             raise ValueError(f"loss.kl={self.loss.kl} without loss.kl_coef would do nothing")
+        if self.method == "sft" and (self.loss.kl != "none" or self.loss.entropy_coef != 0.0):
+            named = "kl" if self.loss.kl != "none" else "entropy_coef"
+            raise ValueError(f"loss.{named}: of the policy gradient, and sft trains by likelihood alone")
         if self.rollout.overlap == "one_step":
             if self.rollout.engine != "vllm_server":
                 raise ValueError(

@@ -5,16 +5,18 @@ YAML file or preset (`find`)  <-  `--dotted.key value` pairs (`overrides`)  ->  
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from scope_fast.config import Config
+from scope_fast.config import Config, plain_types
 
 PRESETS = Path(__file__).parent / "configs"
 
@@ -35,7 +37,7 @@ def load(path: str | Path | None = None, overrides: Iterable[tuple[str, str]] = 
     if not isinstance(raw, dict):
         raise ValueError(f"{file}: expected a mapping of keys, got {type(raw).__name__}")
     for key, text in overrides:
-        _set(raw, key, parse_yaml(text, f"--{key}"))
+        _set(raw, key, read_value(key, text))
     _reject_unknown(raw, Config, "")
     try:
         config = Config(**raw)
@@ -98,6 +100,29 @@ def parse_yaml(text: str, where: str) -> Any:
         raise ValueError(f"{where}: not YAML: {error}") from None
 
 
+def read_value(key: str, text: str) -> Any:
+    """What the text behind `--key` stands for: YAML, but for an option that is a text: that is taken as it stands, as
+    "####" or "Finish with Answer: N", unless it is quoted or, where the option may be left out, null."""
+    kinds = _kinds(key)
+    if kinds is None or not kinds <= {str, NoneType} or (text == "null" and NoneType in kinds):
+        return parse_yaml(text, f"--{key}")
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        with contextlib.suppress(yaml.YAMLError):  # "a" and "b": no quoted text, but one that holds quotes
+            if isinstance(quoted := yaml.safe_load(text), str):
+                return quoted
+    return text
+
+
+def _kinds(key: str) -> set[type] | None:
+    """The types that an option takes; None for a section, or where there is no such option."""
+    section: Any = Config
+    for name in key.split("."):
+        if not (isinstance(section, type) and issubclass(section, BaseModel) and name in section.model_fields):
+            return None
+        section = section.model_fields[name].annotation
+    return None if isinstance(section, type) and issubclass(section, BaseModel) else set(plain_types(section))
+
+
 def _set(raw: dict[str, Any], dotted: str, value: Any) -> None:
     *parents, last = dotted.split(".")
     for parent in parents:
@@ -157,5 +182,7 @@ def explain(error: ValidationError) -> str:
             near = f"; did you mean {close[0]}?" if close else ""
         if problem["type"] == "list_type" and isinstance(problem["input"], str):
             near = f"; write '[{problem['input']}]'"
-        parts.append(f"{where}: {message}{given}{near}" if where else message)
+        # a section's own check begins with the key it is about
+        between = "." if problem["type"] == "value_error" and isinstance(problem["input"], dict) else ": "
+        parts.append(f"{where}{between}{message}{given}{near}" if where else message)
     return "; ".join(parts)

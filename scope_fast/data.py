@@ -196,8 +196,10 @@ class PromptSource:
             raise ValueError(f"data: none of {len(rows)} held-out prompts is usable ({self._reasons()})")
         self._heldout_texts = {prompt.text for prompt in self.heldout}
         self.heldout_counts = dict(self._counts)
-        self._counts.clear()  # what follows counts training prompts
         self.cursor = 0
+        self.next(1)  # that there is one to train on shows here, not after the first evaluation
+        self.cursor = 0
+        self._counts.clear()  # what follows counts training prompts
 
     def next(self, count: int) -> list[Prompt]:
         """The next `count` usable prompts. ValueError if 1000 rows a prompt were not enough."""
@@ -211,6 +213,7 @@ class PromptSource:
                 self._counts["data/skipped_heldout"] += 1
             elif prompt is not None:
                 prompts.append(prompt)
+                continue
             if tried > 1000 * count:
                 raise ValueError(f"data: {len(prompts)} usable prompts in {tried} rows ({self._reasons()})")
         return prompts

@@ -29,7 +29,7 @@ from rich.console import Console
 from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from scope_fast import checkpoint, diversity, environment
+from scope_fast import checkpoint, diversity, environment, warm_start
 from scope_fast.build import engine_options, load_student, load_tokenizer, role_folder
 from scope_fast.config import Config
 from scope_fast.data import Encoder, GymTasks, Table, check_answers, usable
@@ -77,6 +77,9 @@ def main(argv: list[str] | None = None) -> int:
         try:
             request = parse(arguments, __doc__)
             request = replace(request, folder=model_folder(request, stack))
+            if request.prm == "tiny":
+                with progress_bars(console) as progress:
+                    request = replace(request, prm=str(warm_start.ensure(request.config, "prm", progress)))
             evaluator = Evaluator(request, stack)
         except (ValueError, OSError, ImportError) as error:
             console.print(f"error: {error}", markup=False, soft_wrap=True)
@@ -140,7 +143,10 @@ class Evaluator:
         self.prm: StepScorer | None = None
         if request.prm is not None:
             self.prm = make_scorer(self.config, request.prm, self.tokenizer, stack)
-        engine = make_engine(self.config.rollout.engine, request.folder, engine_options(self.config))
+        rollout = self.config.rollout
+        most = max(len(job.prompts) * job.samples for job in self.jobs)  # a run's step may be smaller
+        options = replace(engine_options(self.config), max_num_seqs=min(rollout.max_num_seqs, most))
+        engine = make_engine(rollout.engine, request.folder, options)
         self.engine: RolloutEngine = stack.enter_context(closing(engine))
         if self.config.rollout.server_url is not None:  # it has the weights that somebody left it
             self.engine.update_weights(load_student(self.config, request.folder), version=0)
@@ -201,7 +207,7 @@ class Evaluator:
 def plain_jobs(request: Request, tokenizer) -> list[Job]:
     """The jobs without a suite: a whole data set, or the held-out prompts of the configuration, one for each task."""
     config, samples = request.config, request.samples or request.ks[-1]
-    if not request.own_data:
+    if not request.own_data and config.data.path is not None:  # null: the embedded tasks, whatever a run had
         return [dataset_job(request, tokenizer, config, Path(config.data.path).stem, config.verifier.score, samples)]
     count = request.prompts or config.evaluation.prompts
     if config.data.path is None:  # generators: as many as asked for

@@ -8,12 +8,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from scope_fast.config import Config
-from scope_fast.config_files import load, overrides, parse_yaml
+from scope_fast.config_files import load, overrides, read_value
 from scope_fast.suite import Suite, dotted, load_suite, set_by_benchmark
 from scope_fast.tasks import GENERATORS, TASKS
 
 USAGE = "python -m scope_fast.evaluate MODEL_OR_RUN [options] [--dotted.key value ...]"
 KS = (1, 4, 8)
+INSTEAD = {  # options of a run that an evaluation would not read
+    "evaluation.samples": "--samples", "prm.path": "--prm", "model.path": "MODEL_OR_RUN", "method": "MODEL_OR_RUN",
+    "out": "--json",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -73,17 +77,25 @@ def parse(arguments: list[str], description: str) -> Request:
     if options.data_dir and not options.suite:
         raise ValueError("--data-dir holds the files of a suite: name it with --suite")
     suite = load_suite(options.suite, options.data_dir) if options.suite else None
-    given = [dotted({key: parse_yaml(value, f"--{key}")}) for key, value in overrides(rest)]
+    given = [dotted({key: read_value(key, value)}) for key, value in overrides(rest)]
     pairs = [pair for each in given for pair in each]  # sections key by key, so that what is in them is seen here
     for key, _ in pairs if suite else ():
         if set_by_benchmark(key):
             raise ValueError(f"--{key}: every benchmark of --suite {options.suite} has its own; change it in the file")
+    asked = dict(pairs)
+    for key, instead in INSTEAD.items():
+        if key in asked and not (key == "model.path" and options.step is not None):
+            raise ValueError(f"--{key} is a run's: an evaluation is told by {instead}")
     named = {"rollout.engine": options.engine, "seed": options.seed, "evaluation.temperature": options.temperature}
     pairs += [(key, str(value)) for key, value in named.items() if value is not None]
-    pairs += [("prm.path", json.dumps(options.prm))] if options.prm is not None else []
+    pairs.append(("evaluation.samples", "1"))  # of a run; its check against temperature 0 is none of ours
     run, folder, base = locate(arguments[0], options.step)
+    if options.prm is not None:
+        kind = json.loads(asked.get("prm.kind", "null")) or load(base).prm.kind
+        named = {"prm.path": options.prm, "prm.kind": "token_classifier" if kind == "exact" else kind}
+        pairs += [(key, json.dumps(value)) for key, value in named.items()]
     config = load(base, [*(dotted(suite.config) if suite else ()), *pairs])
-    own_data = suite is None and "data.path" not in dict(pairs)
+    own_data = suite is None and "data.path" not in asked
     parts = ["evaluation"] if own_data else ["evaluation", Path(options.suite or config.data.path or "tasks").stem]
     results = "_".join([*parts, *([] if options.step is None else [f"step_{options.step}"])]) + ".json"
     return _checked(
@@ -135,6 +147,8 @@ def _checked(request: Request) -> Request:
         if task not in known and (request.suite is not None or task not in GENERATORS):
             more = "" if request.suite else ", and reasoning-gym's generators"
             raise ValueError(f"--task {task}: known here: {', '.join(known)}{more}")
+    if request.json is not None and request.json.is_dir():
+        raise ValueError(f"--json {request.json}: that is a folder, expected a file")
     if request.tasks and request.suite is None and request.config.data.path is not None:
         raise ValueError("--task names embedded tasks or benchmarks of a suite, and data.path is neither")
     return replace(request, ks=ks, least_samples=request.ks[-1] if request.ks else 0)

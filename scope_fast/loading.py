@@ -12,6 +12,8 @@ from typing import Any
 def loading(key: str, folder: str) -> Iterator[None]:
     """Turns the block's OSError (transformers': no such folder, file or hub name) into ValueError naming the key. What
     can be no name on the hub is not asked for there."""
+    if folder == "tiny":
+        raise ValueError(f"{key}: tiny names embedded models that are not made here; expected a folder or hub name")
     is_path = str(folder).startswith((".", "/", "~")) or str(folder).count("/") > 1
     if is_path and not Path(folder).exists():
         raise ValueError(f"{key}: {folder} cannot be loaded: there is no such folder")

@@ -70,6 +70,8 @@ def model_sizes(config: Config) -> Sizes:
     from scope_fast.sharding import decoder_layers
 
     architecture = model_config(config)
+    if not hasattr(architecture, "num_attention_heads") or not hasattr(architecture, "intermediate_size"):
+        raise ValueError(f"model: {architecture.model_type} has no attention heads or no MLP by the usual names")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(architecture)
     blocks = decoder_layers(model)
@@ -92,7 +94,11 @@ def model_config(config: Config):
     from transformers import AutoConfig
 
     if config.model.config:
-        return AutoConfig.for_model(**config.model.config)
+        try:
+            return AutoConfig.for_model(**config.model.config)
+        except (TypeError, ValueError) as error:  # transformers': no model_type, or one that it does not know
+            why = str(error).split("Should contain")[0]
+            raise ValueError(f"model.config: no configuration of transformers' is made of it: {why}") from None
     if config.model.path == "tiny":
         return AutoConfig.for_model("qwen2", **config.warm_start.architecture)
     try:

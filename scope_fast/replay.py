@@ -64,7 +64,11 @@ def find(text: str) -> Source:
     run_dir = next((folder for folder in file.absolute().parents[:2] if (folder / "config.yaml").is_file()), None)
     if run_dir is None:
         raise ValueError(f"--replay {text}: {file} lies in no run directory (no config.yaml beside or above it)")
-    steps = {record["step"] for _, _, record in read_jsonl(file)}
+    steps = set()
+    for _, _, record in read_jsonl(file):
+        if "group" not in record:
+            raise ValueError(f"--replay {text}: {file} holds no rollouts; expected a rollouts.jsonl, or one of failed/")
+        steps.add(record["step"])
     if not steps or step not in {None, *steps}:
         held = f"steps {min(steps)} to {max(steps)}" if steps else "nothing"
         raise ValueError(f"--replay {text}: no such step, {file} holds {held}")
@@ -101,6 +105,8 @@ def read_minibatches(file: Path, step: int, count: int, prompts_per_step: int) -
     found = False
     for record in read_step(file, step):
         found = True
+        if record["group"] >= prompts_per_step:
+            raise ValueError(f"rollout.prompts_per_step={prompts_per_step}: {file} has more groups in step {step}")
         if record["group"] % distributed.world_size() == distributed.rank():
             sequence = trained_sequence(record)
             dealt[minibatch_of(record["group"], prompts_per_step, count)] += [] if sequence is None else [sequence]

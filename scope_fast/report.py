@@ -359,6 +359,8 @@ def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
         if not (run_dir / name).is_file():
             raise FileNotFoundError(f"{run_dir} is no run directory: it has no {name}")
     out = Path(out) if out else run_dir / "report.html"
+    if out.is_dir():
+        raise ValueError(f"--out {out}: that is a folder, expected a file")
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.{os.getpid()}")
     partial.write_text(render(run_dir), encoding="utf-8")

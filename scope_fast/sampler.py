@@ -14,12 +14,13 @@ says which, and its own log-probabilities are those of the weights that drew eac
 
 from __future__ import annotations
 
+import math
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from scope_fast import distributed
+from scope_fast import distributed, health
 from scope_fast.config import Config
 from scope_fast.data import PromptSource
 from scope_fast.rollout.base import Rollout, RolloutEngine, Sampling
@@ -61,10 +62,21 @@ class Sampler:
         if self._thread is not None and step + 1 < self._config.steps:
             cursor, following = self._data.cursor, self._draw()
             self._ahead = Ahead(cursor, following, self._thread.submit(self._sample, step + 1, following))
+        self._check_finite(step, outputs)
         return [
             [self._trajectory(prompt, number, i, rollout) for i, rollout in enumerate(rollouts)]
             for (number, prompt), rollouts in zip(prompts, outputs, strict=True)
         ]
+
+    def _check_finite(self, step: int, outputs: list[list[Rollout]]) -> None:
+        """Unhealthy, on every rank, where the model's probabilities are no numbers: its weights have diverged."""
+        broken = any(not all(map(math.isfinite, r.logprobs)) for rollouts in outputs for r in rollouts)
+        if any(distributed.gather(broken)):
+            raise health.Unhealthy(
+                f"the model of step {step} gives tokens log-probabilities that are not finite: its weights have "
+                f"diverged (learner.lr={self._config.learner.lr:g}). A checkpoint of that step goes on from them: "
+                "remove it to go on from an earlier one"
+            )
 
     def _draw(self) -> Numbered:
         """This rank's share of the next step's prompts, each with its number; every rank moves the same cursor."""

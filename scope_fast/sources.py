@@ -97,7 +97,10 @@ def _load(data: Data, path: Path) -> Any:
         return datasets.load_from_disk(str(path / data.split))
     if (path / "dataset_info.json").is_file() and (path / "state.json").is_file():
         return datasets.load_from_disk(str(path))
-    return datasets.load_dataset(data.path, data.subset, split=data.split)
+    try:
+        return datasets.load_dataset(data.path, data.subset, split=data.split)
+    except datasets.exceptions.DatasetsError as error:  # files of several shapes in a folder, say
+        raise ValueError(f"data.path: {path} cannot be read as one data set: {error}") from error
 
 
 def _column(raw: Any, data: Data, kind: str) -> str:

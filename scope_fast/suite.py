@@ -14,10 +14,10 @@ Keys that start with a dot are ignored: a place for YAML anchors.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from scope_fast.config import Data
@@ -86,11 +86,11 @@ def _from_folder(suite: Suite, folder: Path) -> Suite:
 
 
 def dotted(sections: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested sections as (dotted key, YAML value) pairs, the form `config_files.load` takes."""
+    """Nested sections as (dotted key, JSON value) pairs, the form `config_files.load` takes."""
     pairs = []
     for key, value in sections.items():
         if isinstance(value, dict):
             pairs += dotted(value, f"{prefix}{key}.")
         else:
-            pairs.append((f"{prefix}{key}", yaml.safe_dump(value)))
+            pairs.append((f"{prefix}{key}", json.dumps(value)))
     return pairs

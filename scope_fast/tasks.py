@@ -29,7 +29,7 @@ STYLES = ("plain", "swapped", "worded")
 
 GENERATED = 100_000  # entries of a generator without working, which then repeat: some make all of them beforehand
 
-_ANSWER = re.compile(r"Answer\*{0,2}:[ \t]*(\S[^\n]*)")
+_ANSWER = re.compile(r"Answer\*{0,2}:(?:\*\*)?[ \t]*(\S[^\n]*)")
 _LAST_INTEGER = re.compile(r"= (-?\d+)(?:\. Answer: \S+)?$")
 
 
@@ -200,9 +200,12 @@ def slipping(rng: Random, rate: float) -> Callable[[int], int]:
 
 
 def extract_answer(response: str) -> str | None:
-    """What follows the last "Answer:", or None."""
+    """What follows the last "Answer:", bold or not, or None."""
     found = _ANSWER.findall(response)
-    return found[-1].strip() if found else None
+    if not found:
+        return None
+    answer = found[-1].strip()
+    return answer.removesuffix("**").removeprefix("**").strip() or None if answer.endswith("**") else answer
 
 
 def score(response: str, entry: Entry) -> tuple[float, str | None]:

@@ -76,7 +76,9 @@ def run(config: Config, resume: str, dry_run: bool, source: replay.Source | None
             train(trainer, start, stack, interrupt)
     except Stopped as stopped:
         console.print(str(stopped), markup=False)
-    except (WriteFailed, health.Unhealthy) as error:
+    except (WriteFailed, health.Unhealthy, TimeoutError) as error:
+        if not raised_here(error):
+            traceback.print_exc()
         say(error)
         if isinstance(error, WriteFailed):
             console.print("what was saved before is whole: make room and run the same command again to go on from it")
@@ -124,6 +126,8 @@ def parse(argv: list[str] | None) -> tuple[Config, str, bool, replay.Source | No
     known, rest = parser.parse_known_args(arguments[path is not None :])
     try:
         if known.replay is not None:
+            if known.dry_run or known.resume != "auto":
+                raise ValueError("--replay goes without --dry-run and --resume")
             source = replay.find(known.replay)
             if path is not None:
                 raise ValueError(f"--replay takes the run's own configuration, not {path}")

@@ -194,7 +194,8 @@ class Trainer:
     def pass_rate(self, prompts: list[Prompt], samples: int, temperature: float) -> tuple[float, int]:
         """Share of verified samples that pass, and how many got no verdict. health.Unhealthy when none did."""
         mine = prompts[distributed.rank() :: distributed.world_size()]
-        sampling = Sampling(temperature, 1.0, self.config.rollout.max_tokens, (self.tokenizer.eos_token_id,))
+        settings = self.config.rollout
+        sampling = Sampling(temperature, settings.top_p, settings.max_tokens, (self.tokenizer.eos_token_id,))
         seeds = [[seed_of("heldout", p.id, i) for i in range(samples)] for p in mine]
         outputs = self.engine.generate([list(p.ids) for p in mine], samples, sampling, seeds)
         items = [

@@ -95,6 +95,68 @@ def test_wrong_values_are_named(key, value, message):
     assert message in refusal(("steps", "3"), (key, value))
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([("steps", "true")], "steps: expected another value than true or false, got True"),
+        ([("learner.epochs", "yes")], "learner.epochs: expected another value than true or false"),
+        ([("checkpoint.every", "off")], "checkpoint.every: expected another value"),
+        ([("warm_start.num_heads", "3")], "warm_start.hidden_size=128: expected an even number for each of num_heads"),
+        ([("warm_start.num_kv_heads", "3")], "warm_start.num_heads=4: expected a multiple of num_kv_heads=3"),
+        ([("warm_start.vocab_size", "10")], "warm_start.vocab_size: Input should be greater than or equal to 258"),
+        ([("data.prompt_column", "question")], "data.prompt_column: of a data set at data.path, and none is named"),
+        ([("data.distractor_columns", "[a]")], "data.distractor_columns: of a data set at data.path"),
+        (
+            [("data.path", "a.jsonl"), ("data.choices_column", "c"), ("data.distractor_columns", "[d]")],
+            "data.choices_column: the options are there, or in distractor_columns",
+        ),
+        (
+            [("data.min_prompt_tokens", "100"), ("data.max_prompt_tokens", "10")],
+            "data.max_prompt_tokens=10 < min_prompt_tokens=100",
+        ),
+        ([("rollout.kv_cache_gib", "1e-11")], "rollout.kv_cache_gib: Input should be greater"),
+        (
+            [("rollout.engine", "vllm_server"), ("rollout.server_url", "localhost:8000")],
+            "rollout.server_url: expected http://HOST:PORT, got 'localhost:8000'",
+        ),
+        ([("teacher.path", "there")], "teacher.path: only kind model is one, and kind is solver"),
+        ([("teacher.endpoint.url", "http://a/v1")], "teacher.endpoint.url: only kind endpoint asks it"),
+        ([("prm.kind", "exact"), ("prm.path", "there")], "prm.path: kind exact is the task's own checker"),
+        ([("evaluation.temperature", "0")], "evaluation.samples=2: at temperature 0 all would be the same; set 1"),
+        ([("method", "sft"), ("loss.kl", "k3"), ("loss.kl_coef", "1")], "loss.kl: of the policy gradient, and sft"),
+        ([("method", "sft"), ("loss.entropy_coef", "0.1")], "loss.entropy_coef: of the policy gradient, and sft"),
+        ([("out", "{method.x}")], "out='{method.x}': only {method} and {seed} are filled in"),
+    ],
+)
+def test_what_would_do_nothing_or_cannot_be_is_refused(overrides, message):
+    assert message in refusal(*overrides)
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("data.instruction", "Put the final answer after ####", "Put the final answer after ####"),
+        ("data.instruction", "Finish with #1: N", "Finish with #1: N"),
+        ("data.instruction", "", ""),
+        ("data.instruction", '"a\\tb"', "a\tb"),
+        ("data.instruction", '"A" or "B"', '"A" or "B"'),
+        ("data.path", "null", None),
+        ("data.path", "'null'", "null"),
+        ("data.path", "007", "007"),
+        ("scope.step_separator", " ", " "),
+        ("scope.step_separator", "#", "#"),
+        ("out", "runs/a #1", "runs/a #1"),
+        ("data.tasks", "[a, b]", ["a", "b"]),
+        ("steps", "3 # not many", 3),
+    ],
+)
+def test_a_text_is_taken_as_it_stands(key, text, value):
+    config = load(None, [(key, text)])
+    for name in key.split("."):
+        config = getattr(config, name)
+    assert config == value
+
+
 def test_all_wrong_values_at_once():
     message = refusal(("steps", "0"), ("rollout.group_size", "1"))
     assert "steps: " in message and "; rollout.group_size: " in message
@@ -113,7 +175,7 @@ def test_files_and_overrides_layer(tmp_path):
 def test_a_home_directory_is_written_as_in_a_shell(monkeypatch):
     monkeypatch.setenv("HOME", "/home/ada")
     keys = ("model.path", "prm.path", "teacher.path", "data.path", "teacher.endpoint.tokenizer")
-    config = load(None, [(key, f"~/of/{key}") for key in keys])
+    config = load(None, [("teacher.kind", "model"), *((key, f"~/of/{key}") for key in keys)])
     found = (config.model.path, config.prm.path, config.teacher.path, config.data.path)
     assert (*found, config.teacher.endpoint.tokenizer) == tuple(f"/home/ada/of/{key}" for key in keys)
     assert load(None, [("model.path", "Qwen/a~b")]).model.path == "Qwen/a~b"
@@ -247,12 +309,12 @@ def test_a_configuration_is_frozen():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ([("prm.kind", "rlhflow")], "prm: path: kind rlhflow needs a Hugging Face folder or hub name"),
+        ([("prm.kind", "rlhflow")], "prm.path: kind rlhflow needs a Hugging Face folder or hub name"),
         (
             [("prm.kind", "math-shepherd"), ("prm.path", "x"), ("prm.engine", "vllm")],
-            "prm: engine: vllm pools the steps of qwen2.5-math-prm alone, not of math-shepherd",
+            "prm.engine: vllm pools the steps of qwen2.5-math-prm alone, not of math-shepherd",
         ),
-        ([("teacher.kind", "endpoint")], "teacher: endpoint: kind endpoint needs endpoint.url and endpoint.model"),
+        ([("teacher.kind", "endpoint")], "teacher.endpoint: kind endpoint needs endpoint.url and endpoint.model"),
         ([("prm.kind", "rlhflo")], "did you mean rlhflow?"),
     ],
 )

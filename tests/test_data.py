@@ -5,10 +5,11 @@ import json
 
 import pytest
 from factories import byte_level, configured
+from tokenizers.processors import TemplateProcessing
 
 from scope_fast.config import Data
 from scope_fast.data import HELDOUT_SEED, HELDOUT_SEED_32, GymTasks, PromptSource, Table, encode_prompt
-from scope_fast.tasks import GENERATED
+from scope_fast.tasks import GENERATED, dataset
 
 ROWS = [{"prompt": f"question {i}", "answer": str(i)} for i in range(10)]
 
@@ -125,6 +126,16 @@ def test_embedded_tasks_take_turns_and_never_repeat():
     assert all(byte_level().decode(p.ids) == f"{p.text}\n" for p in prompts)
 
 
+@pytest.mark.parametrize("name", ["chain_sum", "gcd"])
+def test_rows_are_drawn_from_the_seeds_their_ids_name(name):
+    """The ids alone would stay apart of rows that do not."""
+    kept = HELDOUT_SEED if name == "chain_sum" else HELDOUT_SEED_32
+    question = {seed: dataset(name, seed)[5]["question"] for seed in (3_000_000, kept)}
+    assert len(set(question.values())) == 2
+    assert GymTasks([name], 3).row(5)["prompt"] == question[3_000_000]
+    assert [GymTasks([name], seed).heldout(6)[5]["prompt"] for seed in (3, 4)] == [question[kept]] * 2
+
+
 def test_embedded_runs_of_any_seed_stay_apart():
     rows = [GymTasks(["chain_sum"], seed).row(i) for seed in (0, 1, 2**20 - 1) for i in (0, 999_999)]
     heldout = GymTasks(["chain_sum"], 0).heldout(2)
@@ -187,16 +198,27 @@ def test_a_prompt_of_no_token(tmp_path):
 def test_no_usable_prompt_at_all(tmp_path):
     path = jsonl(tmp_path / "rows.jsonl", [{"prompt": "z" * 30, "answer": "1"}, {"prompt": "z", "answer": "1"}])
     sizes = {"rollout.context": 20, "rollout.max_tokens": 8}
-    data = source(path, heldout=1, tokenizer=plain_tokenizer(), **sizes)
     with pytest.raises(
-        ValueError, match=r"0 usable prompts in 2001 rows \(data/skipped_long 2001; rollout.context=20\)"
+        ValueError, match=r"0 usable prompts in 1001 rows \(data/skipped_long 1001; rollout.context=20\)"
     ):
-        data.next(2)
+        source(path, heldout=1, tokenizer=plain_tokenizer(), **sizes)
     jsonl(path, [{"prompt": "z", "answer": "1"}, {"prompt": "z" * 30, "answer": "1"}])
     with pytest.raises(
         ValueError, match=r"none of 1 held-out prompts is usable \(data/skipped_long 1; rollout.context=20\)"
     ):
         source(path, heldout=1, tokenizer=plain_tokenizer(), **sizes)
+
+
+def test_a_thousand_useless_rows_before_the_last_one(tmp_path):
+    rows = [
+        {"prompt": "z", "answer": "1"},
+        *[{"prompt": "z" * 30, "answer": "1"}] * 400,
+        {"prompt": "y", "answer": "1"},
+    ]
+    data = source(jsonl(tmp_path / "rows.jsonl", rows), heldout=1, tokenizer=plain_tokenizer(),
+                  **{"rollout.context": 20, "rollout.max_tokens": 8})  # fmt: skip
+    for _ in range(3):  # at most 401 in turn
+        assert texts(data.next(1)) in (["y"], ["z"])
 
 
 def test_an_answer_of_several_lines_suits_no_response(tmp_path):
@@ -227,6 +249,18 @@ def test_a_template_s_own_special_tokens_are_not_doubled():
     tokenizer = copy.deepcopy(byte_level())
     tokenizer.chat_template = "<|endoftext|>{{ messages[0]['content'] }}"
     assert encode_prompt(tokenizer, "1") == [0, tokenizer.convert_tokens_to_ids("1")]
+
+
+def test_the_template_opens_the_assistant_s_turn_and_a_tokenizer_s_own_bos_is_not_added_to_it():
+    tokenizer = copy.deepcopy(byte_level())
+    tokenizer.chat_template = "{{ messages[0]['content'] }}{% if add_generation_prompt %}>{% endif %}"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", tokenizer.eos_token_id)]
+    )
+    assert tokenizer.encode("1")[0] == tokenizer.eos_token_id
+    assert tokenizer.decode(encode_prompt(tokenizer, "1 + 1")) == "1 + 1>"
+    tokenizer.chat_template = None
+    assert tokenizer.decode(encode_prompt(tokenizer, "1 + 1")) == "<|endoftext|>1 + 1"
 
 
 @pytest.mark.parametrize(

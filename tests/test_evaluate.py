@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -187,6 +188,12 @@ def test_a_run_is_evaluated_on_the_rows_it_held_out(model, scripted, tmp_path):
     assert evaluate.main([str(folder), "--k", "1,2", "--data.path", str(other)]) == 0
     assert (folder / "evaluation.json").read_text() == before
     assert "other.v2" in json.loads((folder / "evaluation_other.v2.json").read_text())["benchmarks"]
+    # nor of the embedded tasks
+    scripted(lambda prompt, sample: "Answer: 7")
+    assert evaluate.main([str(folder), "--k", "1", "--data.path", "null", "--prompts", "4"]) == 0
+    assert (folder / "evaluation.json").read_text() == before
+    embedded = json.loads((folder / "evaluation_tasks.json").read_text())["benchmarks"]
+    assert {name: each["problems"] for name, each in embedded.items()} == {"chain_sum": 2, "leg_counting": 2}
 
 
 def test_the_checkpoint_of_a_step(model, scripted, tmp_path, monkeypatch):
@@ -352,6 +359,34 @@ def test_a_reward_model_of_ones_own_finds_the_near_misses(model, scripted, tmp_p
     assert metric["value"] == 1.0
 
 
+def test_first_errors_by_the_run_s_own_threshold_and_separator(model, scripted, tmp_path, monkeypatch):
+    """Of three wrong answers, cut off by the limit, one has an error in the middle, one a number that is none."""
+    probs = {"a": [0.95, 0.8, 0.95], "b": [0.95, 2.0, 0.95], "c": [0.95, 0.95, 0.8]}
+
+    def scorer(trajectories):
+        assert all(t.steps[-1][1] == len(t.token_ids) for t in trajectories)  # no EOS to leave out
+        return [probs[t.prompt.text] for t in trajectories]
+
+    monkeypatch.setattr(evaluate, "make_scorer", lambda *arguments: scorer)
+    engine = scripted(lambda prompt, sample: "one;two;Answer: 5")
+    whole = engine.generate
+
+    def cut(*arguments):
+        return [
+            [replace(r, token_ids=r.token_ids[:-1], logprobs=r.logprobs[:-1], finish_reason="length") for r in rollouts]
+            for rollouts in whole(*arguments)
+        ]
+
+    engine.generate = cut
+    data = jsonl(tmp_path / "a.jsonl", [{"prompt": prompt, "answer": "6"} for prompt in probs])
+    settings = ["--prm", "x", "--prm.tau", "0.9", "--scope.step_separator", ";", "--data.path", data, "--k", "1"]
+    made = run(model, *settings, tmp_path=tmp_path)[1]["benchmarks"]["a"]
+    assert made["counts"]["prm/invalid"] == 1 and made["counts"]["scope/empty"] == 0
+    found = made["metrics"]["scope/near_miss_rate"]
+    assert (found["value"], found["problems"]) == (0.5, 2)
+    assert made["metrics"]["response/truncated"]["value"] == 1.0
+
+
 def test_a_published_reward_model_is_named_by_prm_alone(model, scripted, tmp_path):
     tiny_prms.qwen(tmp_path)
     data = jsonl(tmp_path / "a.jsonl", [{"prompt": "a", "answer": "5"}, {"prompt": "b", "answer": "6"}])
@@ -469,6 +504,10 @@ def test_a_converted_model_by_its_name(model, scripted, tmp_path, monkeypatch):
         (["MODEL", "--suite", "eval/paper", "--verifier.score", "a:b"], "--verifier.score: every benchmark of --suite"),
         (["MODEL", "--suite", "eval/paper", "--verifier", "{score: a:b}"], "--verifier.score: every benchmark of"),
         (["MODEL", "--data", "{path: /nowhere/x.jsonl}"], "error: data.path: there is no file /nowhere/x.jsonl"),
+        (["MODEL", "--json", "/dev"], "--json /dev: that is a folder, expected a file"),
+        (["MODEL", "--evaluation.samples", "5"], "--evaluation.samples is a run's: an evaluation is told by --samples"),
+        (["MODEL", "--prm.path", "there"], "--prm.path is a run's: an evaluation is told by --prm"),
+        (["MODEL", "--model.path", "there"], "--model.path is a run's: an evaluation is told by MODEL_OR_RUN"),
         (["MODEL", "--data-dir", "/nowhere"], "--data-dir holds the files of a suite: name it with --suite"),
         (["MODEL", "--data.path", "x.jsonl", "--task", "chain_sum"], "data.path is neither"),
         (["MODEL", "--temperature", "0"], "temperature 0 draws the same response every time: add --k 1 --samples 1"),

@@ -21,7 +21,7 @@ LEVELS = [
     "losses scope rollout metrics math_answers sources config_files",
     "__init__ learner teacher data records report scorecard plan suite",
     "prm sampler",
-    "trainer replay warm_start integrations teacher_endpoint",
+    "trainer replay warm_start integrations teacher_endpoint build_checks",
     "build resume",
     "train evaluate_request",
     "evaluate",

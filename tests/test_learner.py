@@ -164,6 +164,13 @@ def biased(dtype):
     return model
 
 
+def test_the_old_policy_of_a_biased_head_has_its_bias_too():
+    """The weights hardly move, so neither does a ratio."""
+    learner = learner_of(biased(torch.float64), lr=1e-12, minibatches=2)
+    metrics = learner.update([[sequence([1, 2], [3, 4, 5])], [sequence([6], [7, 8])]])
+    assert metrics["policy/ratio_max"] == pytest.approx(1.0, abs=1e-6) and metrics["policy/kl"] < 1e-9
+
+
 @pytest.mark.parametrize("kind", ["packed_sdpa", "sdpa", "eager"])
 def test_attention_does_not_leak_between_packed_sequences(kind):
     """Whatever stands before a sequence in the pack, its hidden states keep their bits."""
@@ -377,6 +384,13 @@ def test_schedule(schedule, expected):
         if i % 2:  # what is reported is what was used; a step without a gradient uses none, and time goes on
             assert learner.optimizer.param_groups[0]["lr"] == rates[-1]
     assert rates == pytest.approx([1e-2 * x for x in expected], rel=1e-9)
+
+
+def test_the_schedule_spans_the_optimiser_steps_of_all_minibatches_and_epochs():
+    learner = learner_of(make(), total_steps=2, schedule="cosine", minibatches=2, epochs=3)
+    made = [[sequence([1], [2])], [sequence([3], [4])]]
+    rates = [learner.update(made)["learner/lr"] for _ in range(2)]  # of the last of 6 steps, and of 12
+    assert rates == pytest.approx([1e-2 * 0.5 * (1 + math.cos(math.pi * done / 12)) for done in (5, 11)], rel=1e-9)
 
 
 def test_a_loaded_state_goes_on_bit_for_bit():

@@ -46,6 +46,20 @@ def test_the_activations_of_a_block_are_what_torch_saves(dtype, dtype_bytes):
     assert plan.activation_bytes(sizes, dtype_bytes) == pytest.approx(counted, rel=0.005)
 
 
+@pytest.mark.parametrize(
+    ("architecture", "message"),
+    [
+        ({"hidden_size": 8}, "model.config: no configuration of transformers' is made of it: "),
+        ({"model_type": "nosuch"}, "model.config: no configuration of transformers' is made of it: "),
+        ({"model_type": "mamba"}, "model: mamba has no attention heads or no MLP by the usual names"),
+    ],
+)
+def test_what_no_plan_can_be_made_of_is_said(architecture, message):
+    with pytest.raises(ValueError) as caught:
+        plan.model_sizes(configured(**{"model.config": architecture}))
+    assert str(caught.value).startswith(message) and len(str(caught.value)) < 200
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_sizes_are_counted_on_the_model_itself(tied):
     sizes = plan.model_sizes(configured(**{"model.config": {**ARCHITECTURE, "tie_word_embeddings": tied}}))

@@ -161,6 +161,7 @@ def test_counts_below_one_are_refused_by_name(option, tmp_path, capsys):
     [
         ("--lr", "0", "--lr 0.0: expected more than 0"),
         ("--lr", "nan", "--lr nan: expected more than 0"),
+        ("--lr", "inf", "--lr inf: expected more than 0, and a number"),
         ("--heldout", "1", "--heldout 1.0: expected a share, from 0 to less than 1"),
         ("--heldout", "-0.1", "--heldout -0.1: expected a share"),
     ],
@@ -169,3 +170,17 @@ def test_settings_out_of_range_are_refused_by_name(option, value, message, tmp_p
     data = write(tmp_path / "a.jsonl", [ROW])
     assert prm_train.main([ASSETS, data, str(tmp_path / "out"), f"{option}={value}"]) == 2
     assert f"error: {message}" in capsys.readouterr().err
+
+
+def test_an_out_that_is_a_file_is_refused_before_the_training(tmp_path, capsys):
+    data, out = write(tmp_path / "a.jsonl", [ROW]), tmp_path / "out"
+    out.write_text("mine")
+    assert prm_train.main([ASSETS, data, str(out)]) == 2
+    assert f"error: OUT: {out} is there, and no folder" in capsys.readouterr().err and out.read_text() == "mine"
+
+
+def test_a_loss_that_is_no_number_ends_it_and_nothing_is_written(tmp_path, capsys):
+    data = write(tmp_path / "a.jsonl", [ROW] * 4)
+    options = ["--lr", "1e30", "--epochs", "4", "--batch-sequences", "2", "--heldout", "0"]
+    assert prm_train.main([ASSETS, data, str(tmp_path / "out"), *options]) == 1
+    assert "the loss is nan; lower --lr" in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -198,7 +198,7 @@ def test_a_row_of_another_shape_is_named_by_file_row_and_column(row, message, tm
         ([], "usage: python -m scope_fast.prm.process_bench"),
         ([ASSETS, "--prm.tau", "1"], "usage: "),
         ([ASSETS, "nowhere.jsonl"], "nowhere.jsonl"),
-        ([ASSETS, "DATA", "--prm.kind", "exact"], "prm.kind: exact reads no model"),
+        ([ASSETS, "DATA", "--prm.kind", "exact"], "prm.path: kind exact is the task's own checker and reads no model"),
         ([ASSETS, "DATA", "--prm.kin", "exact"], "unknown key prm.kin; did you mean prm.kind?"),
         (["no/where/at-all", "DATA"], "PRM_FOLDER: no/where/at-all cannot be loaded"),
         ([ASSETS, "EMPTY"], "has no row"),

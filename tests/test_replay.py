@@ -2,13 +2,14 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 
 from scope_fast import train
 from scope_fast.batch import Segment, TrainSequence
 from scope_fast.records import TokenTexts, _trained, trained_sequence
-from scope_fast.replay import Replayed, find
+from scope_fast.replay import Replayed, find, read_minibatches
 
 SETTINGS = [
     "--rollout.engine=transformers", "--rollout.prompts_per_step=4", "--rollout.group_size=4", "--prm.kind=exact",
@@ -76,8 +77,12 @@ def test_what_cannot_be_replayed_is_said(run, tmp_path):
         find(str(tmp_path / "none.jsonl"))
     with pytest.raises(ValueError, match=r"no such step, .* holds steps 1 to 4"):
         find(f"{run}/rollouts.jsonl:9")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl holds no rollouts; expected a rollouts\.jsonl"):
+        find(f"{run}/metrics.jsonl")
+    with pytest.raises(ValueError, match=r"rollout\.prompts_per_step=1: .* has more groups in step 2"):
+        read_minibatches(Path(f"{run}/rollouts.jsonl"), 2, 1, prompts_per_step=1)
     (tmp_path / "a" / "b").mkdir(parents=True)
-    (tmp_path / "a" / "b" / "x.jsonl").write_text('{"step": 1}\n')
+    (tmp_path / "a" / "b" / "x.jsonl").write_text('{"step": 1, "group": 0}\n')
     with pytest.raises(ValueError, match="lies in no run directory"):
         find(str(tmp_path / "a" / "b" / "x.jsonl"))
 

@@ -98,6 +98,15 @@ def test_facts_leave_out_what_the_configuration_lacks():
     assert report._duration(7384) == "2 h 3 min" and report._duration(59.4) == "59 s"
 
 
+def test_a_folder_is_no_page(tmp_path, capsys):
+    run_with(tmp_path / "run", [])
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(SystemExit) as ended:
+        report.main([str(tmp_path / "run"), "--out", str(tmp_path / "folder")])
+    assert ended.value.code == 2 and "that is a folder, expected a file" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
 def test_choose_keeps_both_ends_then_the_repaired_then_others():
     steps = [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
     repaired = [i in (2, 6) for i in range(10)]

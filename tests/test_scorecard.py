@@ -138,6 +138,12 @@ def test_benchmarks_of_one_problem_each_say_nothing_of_others():
     assert (both.value, both.low, both.high) == (0.5, None, None)
 
 
+def test_a_benchmark_of_one_problem_leaves_the_average_without_an_interval():
+    one = score_benchmark("one", [samples("+")], (1,))
+    many = score_benchmark("many", [samples("+"), samples("-")] * 4, (1,))
+    assert average("both", [one, many]).estimates["avg@n"] == Estimate(0.75, None, None)
+
+
 def test_the_average_s_interval_is_that_of_independent_benchmarks():
     """Two benchmarks of 400 problems at 50 %: the variance of their mean is half of one's."""
     groups = [samples("+"), samples("-")] * 200

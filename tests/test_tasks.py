@@ -141,6 +141,12 @@ def test_slips_come_at_their_rate_and_change_the_value():
     [
         ("19 - 4 = 15. Answer: 15", (1.0, "15")),
         ("Answer:15", (1.0, "15")),
+        ("**Answer:** 15", (1.0, "15")),
+        ("**Answer**: 15", (1.0, "15")),
+        ("**Answer: 15**", (1.0, "15")),
+        ("Answer: **15**", (1.0, "15")),
+        ("**Answer:** **", (0.0, None)),
+        ("Answer: 2**3", (0.0, "2**3")),
         ("Answer:  15  \nand so on", (1.0, "15")),
         ("Answer: 3\nno, Answer: 15", (1.0, "15")),  # the last one counts
         ("Answer: 15\nno, Answer: 3", (0.0, "3")),

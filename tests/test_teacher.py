@@ -9,7 +9,7 @@ import tiny_models
 import torch
 from factories import byte_level, configured, prompt, sentencepiece
 
-from scope_fast import build
+from scope_fast import build, build_checks
 from scope_fast import config as cfg
 from scope_fast.loading import check_shared_tokenizer
 from scope_fast.rollout.base import Rollout
@@ -293,8 +293,8 @@ def test_a_model_of_another_tokenizer_or_none_is_refused(tmp_path):
     sentencepiece().save_pretrained(tmp_path)
     for path, message in ((tmp_path, "its tokenizer differs from the student's"), (tmp_path / "no", ".*no cannot be")):
         config = configured(**{"teacher.kind": "model", "teacher.path": path})
-        with pytest.raises(ValueError, match=rf"teacher\.path: {message}"), ExitStack() as stack:
-            build.make_teacher(config, str(path), byte_level(), stack)
+        with pytest.raises(ValueError, match=rf"teacher\.path: {message}"):
+            build_checks.check_teacher_tokenizer(config, str(path), byte_level())
 
 
 def test_a_teacher_s_engine_is_told_what_it_may_use(teacher_folder, monkeypatch):

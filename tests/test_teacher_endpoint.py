@@ -183,6 +183,49 @@ def test_finished_replies_come_from_the_cache_and_nothing_else_is_kept(tmp_path)
     assert damaged.category == "cache" and "is damaged" in str(damaged)
 
 
+def test_the_cache_answers_no_other_question(tmp_path):
+    """Of another server, temperature, budget, prompt or prefix."""
+    answers = ["first", "other server", "warmer", "longer", "other prompt", "other prefix"]
+    asked = requests_(2)
+
+    def behave(body, attempt):
+        return 200, json.dumps(completion(answers.pop(0)))
+
+    with serving(behave) as server, serving(behave) as other:
+
+        def ask_one(request, url=server.url, **changed):
+            (reply,) = teacher(url, cache=str(tmp_path), **changed).complete([request])
+            return reply.text
+
+        for _ in range(2):  # the second time from the cache
+            assert ask_one(asked[0]) == "first"
+            assert ask_one(asked[0], other.url) == "other server"
+            assert ask_one(asked[0], temperature=0.5) == "warmer"
+            assert ask_one(asked[0], max_tokens=32) == "longer"
+            assert ask_one(asked[1]) == "other prompt"
+            assert ask_one(replace(asked[0], prefix_ids=[70], prefix="12")) == "other prefix"
+
+
+def test_a_draw_is_of_the_run_the_request_and_the_prompt():
+    """A resumed run asks the same; nothing else does."""
+    config, (request,) = teacher("http://x/v1", temperature=0.5)._config, requests_(1)
+
+    def seed(request, run=3):
+        return EndpointTeacher(config, byte_level(), seed=run).body(request)["seed"]
+
+    elsewhere = replace(request, prompt=replace(request.prompt, id="chain_sum/1"))
+    assert seed(request) == seed(request)
+    assert len({seed(request), seed(request, run=4), seed(replace(request, seed=1)), seed(elsewhere)}) == 4
+
+
+@pytest.mark.parametrize("reason", ["length", "content_filter", "tool_calls", None])
+def test_what_did_not_end_by_itself_is_unfinished(reason):
+    with serving(lambda body, attempt: (200, json.dumps(completion(finish_reason=reason)))) as server:
+        made = teacher(server.url)
+        assert made.complete(requests_(1)) == [Reply("so 2", finished=False)]
+    assert counted(made) == {"teacher/requests": 1, "teacher/unfinished": 1}
+
+
 @pytest.mark.parametrize(
     "content", [b"\xff\xfe", b"[1]", b'"text"', b"{}", b'{"text": null}', b'{"text": 3}', b'{"text": " "}']
 )
@@ -409,9 +452,9 @@ def test_a_budget_that_is_spent_is_an_error_of_its_own(limit, message):
 def test_a_server_that_hangs_costs_its_own_requests_and_not_the_others():
     """`teacher.timeout_s` runs out: what has arrived by then is kept."""
     with serving(lambda body, attempt: None if body["prompt"][1] else (200, json.dumps(completion()))) as server:
-        made = teacher(server.url, timeout_s=2.0, request_timeout_s=60.0)
+        made = teacher(server.url, timeout_s=5.0, request_timeout_s=60.0)
         start = time.monotonic()
-        replies = ask(made, requests_(4), 20.0)
+        replies = ask(made, requests_(4), 5.0)  # as the loop does: the teacher ends shortly before
         assert time.monotonic() - start < 15
     assert replies[0] == Reply("so 2") and [error.category for error in replies[1:]] == ["timeout"] * 3
 

@@ -365,7 +365,21 @@ def test_what_is_not_there_shows_before_a_model_is_loaded(settings, where, tmp_p
     ("settings", "message"),
     [
         (["--loss.backend", "triton"], "loss.backend=triton: "),
-        (["--learner.cpu_offload", "true"], "learner.cpu_offload: it is FSDP2's of sharded weights"),
+        (["--learner.cpu_offload", "true"], "learner.cpu_offload: it is FSDP2's of weights sharded over GPUs"),
+        (["--learner.attention", "flex_attention"], "learner.attention: flex_attention has no backward on a CPU"),
+        (["--learner.attention", "flash_attention_2"], "learner.attention: flash_attention_2 needs a CUDA GPU"),
+        (["--learner.liger", "true"], "learner.liger: liger-kernel's layers need a CUDA GPU"),
+        (
+            ["--rollout.engine", "vllm_server", "--rollout.server_gpus", "[1]"],
+            "rollout.server_gpus=[1]: expected devices below 0",
+        ),
+        (
+            ["--rollout.engine", "vllm_server", "--rollout.transfer", "nccl"],
+            "rollout.transfer=nccl: the learner is on the CPU; take auto or shm",
+        ),
+        (["--rollout.context", "2000"], "rollout.context=2000: the model at model.path allows 1024"),
+        (["--verifier.score", "foo"], "verifier.score='foo': expected 'module:function'"),
+        (["--prm.kind", "qwen2.5-math-prm", "--prm.path", "scope_fast/assets/prm"], "prm.path: "),
         (["--logging.wandb_project", "p"], "W&B logging needs the wandb package: pip install 'scope-fast[wandb]'"),
     ],
 )

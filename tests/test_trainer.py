@@ -6,18 +6,23 @@ import time
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import replace
+from statistics import fmean
 from types import SimpleNamespace
 
 import pytest
-from factories import trajectory
+import torch
+from factories import accepted, byte_level, configured, prompt, trajectory
 
 from scope_fast import train
 from scope_fast.build import build
+from scope_fast.health import Unhealthy
+from scope_fast.metrics import fold
+from scope_fast.rollout.base import Rollout, Sampling
 from scope_fast.scope.trajectory import Trajectory
 from scope_fast.tasks import score
-from scope_fast.teacher import Reply, SolverTeacher
+from scope_fast.teacher import Reply, Request, SolverTeacher
 from scope_fast.trainer import Trainer
-from scope_fast.verifier import Verifier
+from scope_fast.verifier import Verdict, Verifier
 
 SETTINGS = {
     "rollout.engine": "transformers", "rollout.prompts_per_step": "10", "rollout.group_size": "4",
@@ -57,7 +62,13 @@ def test_an_exact_reward_model_and_the_solver_repair_all_they_are_given(stack, t
     metrics = trainer.step()
     selected, _, errors, accepted, rejected = funnel(metrics)
     assert selected == accepted > 0 and errors == rejected == 0
-    for r in records(trainer):
+    written = records(trainer)
+    logprobs, passed = [x for r in written for x in r["logprobs"]], sum(r["reward"] > 0 for r in written)
+    assert metrics["sampling/entropy"] == pytest.approx(-fmean(logprobs), rel=1e-9)
+    assert metrics["reward/pass_rate"] == passed / 40 and metrics["reward/mean"] == (passed + accepted) / 40
+    assert metrics["perf/tokens_per_s"] == metrics["tokens/rollout"] / metrics["time/step_s"]
+    assert metrics["tokens/rollout"] == len(logprobs)
+    for r in written:
         if r["repair"]:
             kept = r["response_ids"][: r["repair"]["kept_tokens"]]
             text = trainer.tokenizer.decode(kept + r["repair"]["suffix_ids"], skip_special_tokens=True)
@@ -145,6 +156,22 @@ def test_an_invalid_probability_makes_a_rollout_unrepairable_and_is_counted(bad,
     assert len(unscored) == 1 and not unscored[0]["selected"]
 
 
+def test_faults_of_the_verifier_on_repairs_are_counted_too(stack, tmp_path):
+    trainer = make(stack, tmp_path)
+    judge, asked = trainer.verifier.score, []
+
+    def score(items):
+        asked.append(len(items))
+        return judge(items) if len(asked) == 1 else [Verdict(None, "crash", None, "no")] * len(items)
+
+    trainer.verifier = SimpleNamespace(score=score)
+    metrics = trainer.step()
+    selected, *_, rejected = funnel(metrics)
+    assert metrics["verifier/crashes"] == selected == rejected > 0
+    assert {r["repair"]["reason"] for r in records(trainer) if r["repair"]} == {"verification: crash"}
+    assert all(r["trained"]["response_ids"] == r["response_ids"] for r in records(trainer))
+
+
 def test_a_hanging_and_a_crashing_verifier_leave_no_reward_behind(stack, tmp_path):
     trainer = make(stack, tmp_path)
     trainer.verifier = stack.enter_context(Verifier("fixtures.scorers:awkward", 2, timeout_s=0.5))
@@ -155,6 +182,15 @@ def test_a_hanging_and_a_crashing_verifier_leave_no_reward_behind(stack, tmp_pat
     assert metrics["verifier/crashes"] >= verdicts.count("crash") > 0
     assert all(r["trained"] is None and not r["selected"] for r in lost)
     funnel(metrics)
+
+
+def test_weights_that_have_diverged_end_the_run_by_name(stack, tmp_path):
+    trainer = make(stack, tmp_path)
+    with torch.no_grad():
+        for parameter in trainer.engine._model.parameters():
+            parameter.fill_(float("nan"))
+    with pytest.raises(Unhealthy, match=r"not finite: its weights have diverged \(learner.lr="):
+        trainer.step()
 
 
 def test_every_response_may_lack_a_verdict(stack, tmp_path):
@@ -219,3 +255,86 @@ def test_rollouts_are_written_as_often_as_asked(stack, tmp_path, monkeypatch):
     assert {r["step"] for r in records(trainer)} == {2}
     failed = sorted(path.name for path in (trainer.config.run_dir / "failed").iterdir())
     assert failed == ["step_1.jsonl", "step_2.jsonl", "step_3.jsonl"]  # kept whether due or not
+
+
+def test_the_averages_of_a_step_by_hand():
+    """Repaired; right by itself, and scored; cut off; without a verdict."""
+    repaired = trajectory((2, 2), first_error=1, repair=accepted(1, 2, [7, 0]))
+    right = trajectory((4,), first_error=0, reward=1.0)
+    cut = trajectory((2, 2, 2), first_error=1, eos=False)
+    unjudged = trajectory((2,), first_error=0, reward=None)
+    values = fold(Trainer._values(SimpleNamespace(), [[repaired, right], [cut, unjudged]]))
+    assert (values["reward/pass_rate"], values["reward/mean"]) == (1 / 3, 2 / 3)
+    assert (values["scope/near_miss_rate"], values["scope/first_error"]) == (1 / 2, 1.0)  # of repaired and cut
+    assert values["scope/prefix_ratio"] == pytest.approx((2 / 5 + 2 / 6) / 2)
+    assert (values["response/length"], values["response/truncated"]) == ((5 + 5 + 6 + 3) / 4, 1 / 4)
+
+
+def test_the_sums_of_a_step_by_hand():
+    whole = trajectory((1,), eos=True, weight_version=1)  # 2 tokens, a step of weights behind
+    switched = trajectory((3,), reward=None, eos=False, weight_versions=((0, 0, 1), (2, 1, 3)))
+    alone = trajectory((1,), reward=None, eos=False, weight_version=2)
+    sums = Trainer._sums(SimpleNamespace(counts=Counter(), done=3), [[whole, switched], [alone]], [whole])
+    assert (sums["tokens/rollout"], sums["sampling/entropy"]) == (2 + 3 + 1, 3.0 + 6.0 + 1.0)
+    assert sums["sampling/staleness"] == 2 * 1 + 1 * 2 + 2 * 0 + 1 * 0
+    assert (sums["prompts/dropped"], sums["scope/failed"], sums["scope/selected"]) == (1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("scores", "monitor", "scored"),
+    [("all", False, [0, 1]), ("failed", False, [0]), ("none", True, [0]), ("none", False, [])],
+)
+def test_who_is_scored_and_where_the_first_error_is(scores, monitor, scored):
+    group = [trajectory((2, 2, 2)), trajectory((2,), reward=1.0), trajectory((2,), reward=None), trajectory(())]
+    group = group[:2] + group[3:] if scores == "all" else group
+    probs = {3: [0.95, 0.8, 0.95], 1: [0.9]}
+    config = configured(**{"prm.tau": 0.9, "prm.monitor": str(monitor).lower()})
+    loop = SimpleNamespace(config=config, counts=Counter(), scorer=lambda ts: [probs[len(t.steps)] for t in ts])
+    Trainer.localize(loop, [group], scores)
+    assert [i for i, t in enumerate(group) if t.step_probs] == scored
+    assert [t.first_error for t in group if t.step_probs] == [1, 1][: len(scored)]  # 0.8 is below; 0.9 is not
+
+
+@pytest.mark.parametrize(("room", "most", "budget"), [(3, 99, 3), (99, 4, 4)])
+def test_a_suffix_fits_the_context_and_the_teacher_s_budget(room, most, budget):
+    config = configured(**{"teacher.max_tokens": most, "rollout.context": 40, "rollout.max_tokens": 30})
+    loop = SimpleNamespace(config=config, tokenizer=byte_level(), counts=Counter(), _seed=lambda *what: what)
+    failed = trajectory((2, 2), repair=accepted(1, 2, []), group=4, sample=2)
+    asked = Trainer._request(loop, failed)
+    assert (asked.prefix_ids, asked.room) == ([100, 101], 40 - 3 - 2)
+    assert asked.seed == ("teacher", 4, "chain_sum/0", 2)
+    failed.repair.status = "pending"
+    assert not Trainer._splice(loop, failed, Request(failed.prompt, [], "", 0, room), Reply("1 + 1 = 2 and on"))
+    assert failed.repair.status == "rejected" and failed.repair.reason.endswith(f"budget of {budget}")
+
+
+def test_what_is_asked_of_the_engine_and_made_of_its_answer(stack, tmp_path, monkeypatch):
+    trainer = make(
+        stack, tmp_path, rollout__temperature="0.7", rollout__top_p="0.9", rollout__prompts_per_step="2",
+        rollout__group_size="2", scope__step_separator=";",
+    )  # fmt: skip
+    asked, end = [], trainer.tokenizer.eos_token_id
+    ids = trainer.tokenizer.encode("1;2")
+
+    def generate(prompts, n, sampling, seeds):
+        asked.append((sampling, [seed for row in seeds for seed in row]))
+        ends = (([*ids, end], "stop"), (ids, "length"))
+        return [[Rollout(p, made, [-1.0] * len(made), why, 0) for made, why in ends[:n]] for p in prompts]
+
+    monkeypatch.setattr(trainer.engine, "generate", generate)
+    monkeypatch.setattr(trainer.data, "next", lambda count: [prompt()] * count)  # a small file brings one twice
+    for step in range(2):
+        for stopped, cut in trainer.sampler.take(step):
+            assert stopped.text == cut.text == "1;2"
+            assert [len(t.steps) for t in (stopped, cut)] == [2, 2]
+            assert stopped.steps[-1][1] == cut.steps[-1][1] == len(ids)  # an EOS belongs to no step
+    assert {sampling for sampling, _ in asked} == {Sampling(0.7, 0.9, 96, (end,))}
+    assert len({seed for _, seeds in asked for seed in seeds}) == 2 * 2 * 2
+
+    asked.clear()
+    verdicts = [Verdict(1.0, "ok"), Verdict(0.0, "ok"), Verdict(-1.0, "ok"), Verdict(None, "timeout")]
+    trainer.verifier = SimpleNamespace(score=lambda items: verdicts[: len(items)])
+    two = [prompt(), replace(prompt(), id="chain_sum/1")]
+    assert trainer.pass_rate(two, 2, 0.5) == trainer.pass_rate(two, 2, 0.5) == (1 / 3, 1)
+    assert [sampling.temperature for sampling, _ in asked] == [0.5, 0.5]
+    assert asked[0] == asked[1] and len(set(asked[0][1])) == 4  # the same draws at every evaluation

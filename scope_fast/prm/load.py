@@ -25,6 +25,18 @@ def make_scorer(config: Config, folder: str | None, tokenizer, stack: ExitStack 
     return made
 
 
+def check_prm_tokenizer(config: Config, folder: str, tokenizer) -> None:
+    """ValueError for a folder of another kind of reward model than `prm.kind`, as far as its tokenizer tells."""
+    from transformers import AutoTokenizer
+
+    with loading("prm.path", folder):
+        own = AutoTokenizer.from_pretrained(folder)
+    if config.prm.kind in text_scorers.FORMATS:
+        text_scorers.FORMATS[config.prm.kind](own)  # which looks its separator and labels up
+    else:
+        check_shared_tokenizer(tokenizer, own, "prm.path")
+
+
 def _load_scorer(config: Config, folder: str, tokenizer) -> StepScorer:
     settings, dtype = config.prm, getattr(torch, config.model.dtype)
     if settings.engine == "vllm":
@@ -33,9 +45,9 @@ def _load_scorer(config: Config, folder: str, tokenizer) -> StepScorer:
     if settings.kind in text_scorers.FORMATS:
         device = distributed.device()
         return text_scorers.load(settings.kind, folder, tokenizer, dtype, device, settings.token_budget)
-    from transformers import AutoModelForTokenClassification, AutoTokenizer
+    from transformers import AutoModelForTokenClassification
 
-    check_shared_tokenizer(tokenizer, AutoTokenizer.from_pretrained(folder), "prm.path")
+    check_prm_tokenizer(config, folder, tokenizer)
     how = {"dtype": dtype, "attn_implementation": attention.implementation(dtype)}
     model = pretrained("prm.path", AutoModelForTokenClassification, folder, **how)
     return TokenClassifierScorer(model.to(distributed.device()), settings.token_budget)

@@ -137,8 +137,6 @@ def evaluate(config: Config, stack: ExitStack) -> Scores:
     be."""
     from transformers import AutoTokenizer
 
-    if config.prm.kind == "exact":
-        raise ValueError("prm.kind: exact reads no model; name the kind of the one to evaluate")
     items = read_items(config)
     if not items:
         raise ValueError(f"{config.data.path} has no row")
@@ -173,6 +171,8 @@ def parse(arguments: Sequence[str]) -> tuple[Config, Path | None]:
     if len(arguments) < 2 or arguments[0].startswith("-") or arguments[1].startswith("-"):
         raise ValueError(f"usage: {USAGE}")
     options, rest = parser.parse_known_args(arguments[2:])
+    if options.json is not None and options.json.is_dir():
+        raise ValueError(f"--json {options.json}: that is a folder, expected a file")
     named = [("prm.path", json.dumps(arguments[0])), ("data.path", json.dumps(arguments[1]))]
     return load(None, [*overrides(rest), *named]), options.json
 

@@ -12,6 +12,7 @@ must be the run's scope.step_separator.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -55,8 +56,8 @@ class Settings:
         for name in ("epochs", "batch_sequences", "token_budget"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least 1")
-        if not self.lr > 0.0:
-            raise ValueError(f"--lr {self.lr}: expected more than 0")
+        if not 0.0 < self.lr < math.inf:
+            raise ValueError(f"--lr {self.lr}: expected more than 0, and a number")
         if not 0.0 <= self.heldout < 1.0:
             raise ValueError(f"--heldout {self.heldout}: expected a share, from 0 to less than 1")
         if not self.step_separator:
@@ -120,7 +121,10 @@ def _example(row: Any, where: str, tokenizer, separator: str) -> Example:
 
 
 def fit(model: nn.Module, examples: list[Example], settings: Settings) -> Iterator[tuple[int, int, float]]:
-    """AdamW on the mean cross entropy over the steps of a batch; yields (step, steps, loss) as it goes."""
+    """AdamW on the mean cross entropy over the steps of a batch; yields (step, steps, loss) as it goes.
+
+    FloatingPointError for a loss that is no number: nothing that follows could be one.
+    """
     per_epoch = -(-len(examples) // settings.batch_sequences)
     steps, rng = per_epoch * settings.epochs, Random(settings.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0)
@@ -132,6 +136,8 @@ def fit(model: nn.Module, examples: list[Example], settings: Settings) -> Iterat
             rng.shuffle(examples)
         start = step % per_epoch * settings.batch_sequences
         loss = _backward(model, examples[start : start + settings.batch_sequences], settings.token_budget)
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"step {step + 1}: the loss is {loss}; lower --lr")
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -167,10 +173,13 @@ def accuracy(model: nn.Module, examples: list[Example], token_budget: int) -> tu
 
 
 def train(base: str, data: str, out: Path, settings: Settings) -> None:
-    """Trains from `base` into the folder `out`. ValueError for unusable data, or where nothing is left to train on."""
+    """Trains from `base` into the folder `out`. ValueError for unusable data, where nothing is left to train on, or for
+    an `out` that is no folder."""
     from transformers import AutoConfig, AutoModelForTokenClassification, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
+    if out.exists() and not out.is_dir():  # save_pretrained would only log that, after all the work
+        raise ValueError(f"OUT: {out} is there, and no folder")
     disable_progress_bar()  # of its loading and saving: our lines are enough
     torch.manual_seed(settings.seed)
     device = distributed.device()
@@ -215,6 +224,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, FileNotFoundError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -177,7 +177,7 @@ class ServerProcess:
             with contextlib.suppress(ServerDiedError, TimeoutError):  # not listening yet
                 api.get("health", timeout_s=5.0)
                 return
-        raise TimeoutError(f"vLLM server: not up within {timeout_s:g} s:\n{self.last_words()}")
+        raise TimeoutError(f"rollout.start_timeout_s: vLLM server not up within {timeout_s:g} s:\n{self.last_words()}")
 
 
 def server_arguments(model_dir: str, options: EngineOptions, backend: str) -> list[str]:
@@ -203,11 +203,11 @@ def server_environment(options: EngineOptions, backend: str) -> dict[str, str]:
     """What else a server for this engine needs to find in its environment. ValueError for `server_gpus` that this
     process does not see."""
     threads = {} if options.num_threads is None else {"OMP_NUM_THREADS": str(options.num_threads)}
-    gpus = {} if options.server_gpus is None else {"CUDA_VISIBLE_DEVICES": ",".join(_gpu_names(options.server_gpus))}
+    gpus = {} if options.server_gpus is None else {"CUDA_VISIBLE_DEVICES": ",".join(gpu_names(options.server_gpus))}
     return threads | gpus | ({"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} if backend == "ipc" else {})
 
 
-def _gpu_names(gpus: tuple[int, ...]) -> list[str]:
+def gpu_names(gpus: tuple[int, ...]) -> list[str]:
     """The devices of this process, as CUDA counts them, by the names they have outside it: numbers or UUIDs."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:

@@ -178,7 +178,8 @@ def sample(logits: torch.Tensor, uniforms: torch.Tensor, sampling: Sampling) -> 
         total = cumulative[:, -1:]
         # Strictly below the total, so that rounding never points past the last token that has mass.
         point = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-        tokens = torch.searchsorted(cumulative, point, right=True).squeeze(1)
+        # of NaN the search would point behind the vocabulary; the caller sees their log-probability
+        tokens = torch.searchsorted(cumulative, point, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
     return tokens, logprobs.gather(1, tokens[:, None]).squeeze(1)
 
 

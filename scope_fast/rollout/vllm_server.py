@@ -147,7 +147,10 @@ class VllmServerEngine:
         else:
             for _ in source:  # a collective: the sender needs this rank's part
                 pass
-        self._surviving(lambda: self._send_alone(version), "weight sync")
+        try:
+            self._surviving(lambda: self._send_alone(version), "weight sync")
+        except TimeoutError as error:
+            raise TimeoutError(f"rollout.sync_timeout_s: {error}") from error
         self._version, self._unsent = version, False
 
     def sleep(self) -> None:
@@ -320,7 +323,10 @@ class VllmServerEngine:
         return 2 * self._options.max_num_seqs
 
     def _one(self, http: Http, body: dict[str, Any]) -> Rollout:
-        answer = http.post("inference/v1/generate", body, self._options.generate_timeout_s)
+        try:
+            answer = http.post("inference/v1/generate", body, self._options.generate_timeout_s)
+        except TimeoutError as error:
+            raise TimeoutError(f"rollout.generate_timeout_s: {error}") from error
         return _rollout(body["token_ids"], answer["choices"][0])
 
     def _body(self, prompt: list[int], sampling: Sampling, seed: int) -> dict[str, Any]:
