@@ -163,8 +163,8 @@ def measure(
 ) -> dict[str, Any]:
     """The record of one Spec. The first limit among the variants, or else the first, is the baseline of all ratios.
 
-    budget_s: a wish. Peers not reached within PREPARE_SHARE of it are left out, saying so; rounds stop at its end, or
-    after the rest of it where the preparation took longer.
+    budget_s: a target, not a bound. Peers not reached within PREPARE_SHARE of it are left out, saying so; rounds
+    stop at its end, or after the rest of it where the preparation took longer.
     """
     started = time.monotonic()
     variants = stem_module.variants(spec)

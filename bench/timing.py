@@ -138,7 +138,7 @@ def interleaved(
 
 
 def works(device: str) -> bool:
-    """Whether the device still does after a call has failed: an illegal access leaves a GPU's process useless."""
+    """Whether the device still works after a call has failed: an illegal access leaves a GPU's process useless."""
     try:
         synchronize(device)
     except FAILURES:

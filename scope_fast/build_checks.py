@@ -66,7 +66,7 @@ def check_teacher_tokenizer(config: Config, folder: str, tokenizer) -> None:
 
 
 def check_sampled_by(engine: str, student) -> None:
-    """ValueError for a mixture of experts and vLLM: what its experts are sent changes nothing, or something else."""
+    """ValueError for a mixture of experts sampled by vLLM: the weight sync does not update its experts correctly."""
     if engine == "transformers" or (engine == "auto" and not vllm_process.is_installed()):
         return
     if any("experts" in name and p.dim() == 3 for name, p in student.base_model.named_parameters()):

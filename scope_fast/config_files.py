@@ -78,9 +78,8 @@ def overrides(arguments: list[str]) -> list[tuple[str, str]]:
 def find(path: str | Path | None, kind: str = "") -> Path:
     """The file behind a configuration argument: a path, a preset's name, or None for the quickstart.
 
-    kind: the folder of presets that FileNotFoundError names.
-
     A preset is also found as configs/NAME.yaml, its place in the repository, from everywhere.
+    kind: the presets folder whose contents the FileNotFoundError lists.
     """
     name = str(path or "quickstart")
     preset = name.removeprefix("configs/").removesuffix(".yaml")

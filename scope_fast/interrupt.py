@@ -1,6 +1,6 @@
 """SIGTERM and Ctrl-C: the first one ends the run after the step under way, the second one at once.
 
-A preempted job, or a person at a terminal, so loses nothing: the step is finished, a checkpoint is written and the run
+So a preempted job, or a person at a terminal, loses nothing: the step is finished, a checkpoint is written and the run
 exits with 0. The decision is taken between steps by all ranks together, since the signal may reach only one of them.
 Before the first step, while rank 0 makes a model, there is nothing to finish: `stop_if_told` raises Stopped there.
 """

@@ -56,8 +56,8 @@ def hidden_rows(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
 
 
 def own_logprobs(model: nn.Module, batch: MicroBatch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities (T,) of a micro-batch's targets by the model's own logits, all of them at once, and the largest
-    of those."""
+    """Log-probabilities (T,) of a micro-batch's targets from the model's own full logits, and the largest absolute
+    logit after the temperature."""
     logits = model(**_inputs(batch)).logits[0].index_select(0, batch.rows).double() / temperature
     return logits.log_softmax(-1).gather(1, batch.streams.target[:, None])[:, 0], logits.abs().max()
 
@@ -79,7 +79,7 @@ class Objective(nn.Module):
 
     def forward(self, batch: MicroBatch, score_only: bool = False, own_logits: bool = False):
         """(loss, metrics) of a micro-batch; score_only: the log-probabilities (T,) of its targets, without gradient;
-        own_logits: those by the model's own logits, and the largest of them."""
+        own_logits: `own_logprobs` instead."""
         head, options = self.model.get_output_embeddings(), self.options
         with self.autocast():
             if own_logits:
@@ -150,8 +150,8 @@ class Learner:
     def check(self) -> None:
         """Asks the model for the log-probabilities of a few random tokens, packed in three ways and by its own head.
 
-        Raises ValueError for one whose packed sequences see each other, or whose head is more than hidden @ weight.T:
-        what no configuration says of it. Collective.
+        Raises ValueError if packed sequences see each other, or if the logits are more than hidden @ weight.T; no
+        configuration says either. Collective.
         """
         draw = random.Random(0)
         vocab = self.model.config.get_text_config().vocab_size

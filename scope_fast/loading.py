@@ -1,4 +1,4 @@
-"""What a setting names and cannot be loaded is a mistake in the setting: a sentence, no traceback."""
+"""A setting that names something which cannot be loaded is the user's mistake: one sentence, no traceback."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 @contextmanager
 def loading(key: str, folder: str) -> Iterator[None]:
-    """Turns the block's OSError (transformers': no such folder, file or hub name) into ValueError naming the key. What
-    can be no name on the hub is not asked for there."""
+    """Turns the block's OSError (transformers': no such folder, file or hub name) into ValueError naming the key. A
+    path that cannot be a hub name is not looked up there."""
     if folder == "tiny":
         raise ValueError(f"{key}: tiny names embedded models that are not made here; expected a folder or hub name")
     is_path = str(folder).startswith((".", "/", "~")) or str(folder).count("/") > 1

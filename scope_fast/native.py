@@ -51,7 +51,8 @@ BUILDS = "pip install --no-build-isolation -e . builds it, where there is a C++ 
 
 @functools.cache
 def missing() -> str:
-    """Loads the extension; why its kernels are not there, "" where they are. Says it, once: slower ones run instead."""
+    """Loads the extension. Returns why its kernels are missing, "" if they are there, and logs that once: slower ones
+    run instead."""
     if importlib.util.find_spec("scope_fast._native") is None:
         why = f"the compiled extension scope_fast._native is not built ({BUILDS})"
     else:

@@ -91,7 +91,7 @@ def _check_progress(config: Config, start: Path | None) -> None:
     folder = config.run_dir
     if start is not None:
         if (done := checkpoint.step_of(start)) > config.steps:
-            raise ValueError(f"steps: {folder} has done {done} steps, which {config.steps} do not take back")
+            raise ValueError(f"steps={config.steps}: the run in {folder} has already done {done}")
         return
     if any((folder / "checkpoints").glob("step_*")) or (folder / "export").exists():
         logged = max((record["step"] for _, _, record in read_jsonl(folder / "metrics.jsonl")), default=0)

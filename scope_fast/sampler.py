@@ -136,4 +136,4 @@ class Sampler:
         outputs: Future[list[list[Rollout]]] = Future()
         outputs.set_result([[Rollout(**values) for values in rollouts] for rollouts in ahead["rollouts"]])
         self._ahead = Ahead(state["cursor"], self._draw(), outputs)
-        self._data.take_counts()  # of this draw the step before the checkpoint has told already
+        self._data.take_counts()  # the step before the checkpoint has already reported this draw's counts

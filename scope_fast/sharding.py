@@ -99,7 +99,8 @@ def use_liger(model: nn.Module) -> None:
 
 def checkpoint_activations(model: nn.Module, kind: str) -> None:
     """Recomputes blocks in the backward instead of keeping their activations: "full" all of them, "selective" every
-    other one, "none" keeps everything. About 4/3 (7/6) of the time for the memory of a block's input.
+    other one, "none" keeps everything. About 4/3 of the time ("selective": 7/6), for keeping only a recomputed block's
+    input.
     """
     if kind == "none":
         return

@@ -55,7 +55,7 @@ class SolverTeacher:
     """The task's own worked solution, going on from the value the prefix arrived at, right or wrong.
 
     styles: of tasks.STYLES; each request's seed draws the one its lines are written in.
-    keep_style: a prefix is gone on with in the style of its last line instead, as a language model would.
+    keep_style: a prefix is continued in the style of its last line instead, as a language model would.
     """
 
     def __init__(self, styles: Sequence[str] = STYLES[:1], keep_style: bool = False) -> None:

@@ -1,14 +1,14 @@
 """`python -m scope_fast.train [CONFIG.yaml] [--dotted.key value ...]`: from a configuration to a run directory.
 
-Without arguments it runs configs/quickstart.yaml. A run directory holds config.yaml, metrics.jsonl, rollouts.jsonl,
-tensorboard/, checkpoints/step_N, export/ (a Hugging Face folder) and report.html.
+Without arguments it runs configs/quickstart.yaml. A run directory holds config.yaml, environment.jsonl, metrics.jsonl,
+rollouts.jsonl, tensorboard/, checkpoints/step_N, export/ (a Hugging Face folder) and report.html.
 
 `torchrun --nproc-per-node N -m scope_fast.train ...` runs the same on N ranks: the learner is sharded over them, each
 samples its share of the prompts with an engine of its own, rank 0 writes the files and prints (any rank prints the
 error that ends it).
 
 Exit status: 0 when the run is done, or was stopped by SIGTERM or Ctrl-C with a checkpoint; 1 when it cannot go on (a
-full disk, updates that keep failing, an error in a step) or a replay differs; 2 for what is asked for and cannot be.
+full disk, updates that keep failing, an error in a step) or a replay differs; 2 when the request itself is invalid.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(config: Config, resume: str, dry_run: bool, source: replay.Source | None) -> int:
-    """The command's exit status; what a person can understand and mend ends with a message alone, others' with more."""
+    """Runs the command; its exit status. An error a person can fix ends with its message alone, any other with its
+    traceback too."""
     begun = False
     try:
         if source is not None:
@@ -81,7 +82,7 @@ def run(config: Config, resume: str, dry_run: bool, source: replay.Source | None
             traceback.print_exc()
         say(error)
         if isinstance(error, WriteFailed):
-            console.print("what was saved before is whole: make room and run the same command again to go on from it")
+            console.print("what was saved before is intact: make room and run the same command again to resume from it")
         return 1
     except (ValueError, FileNotFoundError, ImportError) as error:  # what is asked for cannot be
         if begun or not raised_here(error):
@@ -92,13 +93,13 @@ def run(config: Config, resume: str, dry_run: bool, source: replay.Source | None
 
 
 def raised_here(error: Exception) -> bool:
-    """Whether this package raised it, with words for the person. A library's say little without the way to them."""
+    """Whether this package raised the error, so that its message suffices; a library's needs the traceback."""
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
     return raised_in.is_relative_to(Path(__file__).parent)
 
 
 def say(error: Exception) -> None:
-    """The message that ends a run; of ranks that are otherwise quiet too, since one alone may know it."""
+    """Prints the message that ends a run; on the otherwise quiet ranks too, since only one of them may have it."""
     if distributed.is_main():
         console.print(f"error: {error}", markup=False)
     else:

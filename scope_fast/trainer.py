@@ -171,7 +171,7 @@ class Trainer:
     def record(self, groups: list[Group], stamped: list[Stamped], failed: bool) -> None:
         """One line of rollouts.jsonl for every rollout, in the order of the prompts; rank 0 writes all ranks' lines.
 
-        failed: the update was left out (in part): the lines are kept apart, too, also at a step whose are not due.
+        failed: the update was skipped, at least in part: the lines go to failed/ too, even at a step that logs none.
         """
         due = self.done % self.config.logging.rollouts_every == 0
         if not (due or failed):

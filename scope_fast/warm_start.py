@@ -93,8 +93,8 @@ def _key(config: cfg.Config, role: str) -> str:
         key = {"student": "model.path", "prm": "prm.path", "teacher": "teacher.path"}[role]
         setting = "data.tasks" if config.warm_start.tasks is None else "warm_start.tasks"
         raise ValueError(
-            f"{key}: the tiny {role} is taught by worked solutions, which task {without!r} of {setting} has not; name "
-            f"a model, or use {', '.join(sorted(TASKS))}"
+            f"{key}: the tiny {role} is taught by worked solutions, which task {without!r} of {setting} does not have; "
+            f"name a model, or use {', '.join(sorted(TASKS))}"
         )
     tasks = [(name, get_task(name).params) for name in _tasks(config)]
     settings = config.warm_start.model_dump(exclude={"tasks", *_IRRELEVANT[role]})

@@ -64,7 +64,7 @@ def copy(tmp_path_factory):
     for name in ("scope_fast", "kernels", "configs", "tests"):
         ignored = shutil.ignore_patterns("__pycache__", "*.so", "results", ".*")
         shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=ignored)
-    for name in ("pyproject.toml", "setup.py", "install.py", "MANIFEST.in", "README.md", "Makefile"):
+    for name in ("pyproject.toml", "setup.py", "install.py", "MANIFEST.in", "README.md", "LICENSE", "Makefile"):
         shutil.copy(ROOT / name, folder / name)
     return folder
 

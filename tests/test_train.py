@@ -219,7 +219,7 @@ def test_a_run_goes_on_and_never_back(tmp_path):
     (saved,) = (tmp_path / "checkpoints").iterdir()
     assert claimed(tmp_path, "--steps", "5") == claimed(tmp_path, "--steps", "4") == saved
     before = (tmp_path / "config.yaml").read_text()
-    with pytest.raises(ValueError, match=r"^steps: .* has done 4 steps, which 3 do not take back$"):
+    with pytest.raises(ValueError, match=r"^steps=3: the run in .* has already done 4$"):
         claimed(tmp_path, "--steps", "3")
     assert (tmp_path / "config.yaml").read_text() == before
 

@@ -37,7 +37,7 @@ _NATIVE = {
 # the module of kernels/ that serves a stem
 _TRITON = {stem: stem for stem in ("linear_logprob", "linear_scope_loss", "scope_loss", "step_pool", "weight_bucket")}
 _TRITON["step_pool_mlp"] = "step_pool"
-_CUDA_FIRST = ("linear_scope_loss", "weight_bucket")  # where csrc/cuda is faster than kernels/ (bench/NOTES.md)
+_CUDA_FIRST = ("linear_scope_loss", "weight_bucket")  # csrc/cuda is faster at most shapes (bench/NOTES.md)
 CLUSTERS = (9, 10)  # major compute capabilities with clusters and 227 KiB of shared memory a block (sm_120 has 99)
 
 

@@ -91,7 +91,7 @@ class RolloutEngine(Protocol):
     """A sampler with weights that can be replaced. One caller at a time, but for `update_weights` of a vLLM server."""
 
     name: str  # as a configuration's `engine` names it
-    changes_transformers: bool  # the classes of transformers' models, in this process: others' models no longer work
+    changes_transformers: bool  # transformers' model classes in this process, which breaks other models made of them
 
     @property
     def version(self) -> int:

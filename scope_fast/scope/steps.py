@@ -27,7 +27,9 @@ class TokenBytes:
 
     def __init__(self, tokenizer) -> None:
         if not tokenizer.is_fast:
-            raise ValueError(f"tokenizer: {type(tokenizer).__name__} is no fast tokenizer, whose bytes can be told")
+            raise ValueError(
+                f"tokenizer: {type(tokenizer).__name__} is not a fast tokenizer: the bytes of its tokens cannot be read"
+            )
         self._tokenizer = tokenizer
         self._special = special_ids(tokenizer)
         kind = repr(tokenizer.backend_tokenizer.decoder)
