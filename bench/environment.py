@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 
-from bench import peers
 from scope_fast import native
-from scope_fast.environment import device_name
+from scope_fast.environment import device_name, versions
+
+PEERS = ("liger-kernel", "nvidia-cutlass-dsl", "cut-cross-entropy", "trl", "verl")  # the DSL: of Liger's CuTe backend
 
 ROOT = Path(__file__).parent.parent
 
@@ -61,7 +62,7 @@ def environment(device: str) -> dict:
         "modified": None if state == "unknown" else bool(state),
         "device": {"type": device} | device_info(device),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "triton": triton}
-        | peers.versions(),
+        | versions(PEERS),
         "native_extension": not native.missing(),
         "platform": platform.platform(),
     }

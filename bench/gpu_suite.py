@@ -101,11 +101,9 @@ def run_parts(folder: Path, parts: tuple[Part, ...] = PARTS) -> tuple[dict[str, 
 
 
 def merge(records: dict[str, dict], stem: str, record: dict) -> None:
-    """Add a part's cases to its stem's record; the first part's environment stands for all."""
-    if stem in records:
-        records[stem]["cases"] += record["cases"]
-    else:
-        records[stem] = record
+    """Add a part's cases to its stem's record, each with its part's environment; the first's stands at the head."""
+    cases = [case | {"environment": record["environment"]} for case in record["cases"]]
+    records.setdefault(stem, record | {"cases": []})["cases"] += cases
 
 
 def main(out: Path | None = None) -> int:

@@ -17,7 +17,6 @@ import types
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from importlib.metadata import version
 
 import torch
 import torch.nn.functional as F
@@ -284,9 +283,3 @@ def loss_variants(spec: Spec) -> list[Variant]:
         )
         for peer in PEERS
     ]  # fmt: skip
-
-
-def versions() -> dict[str, str]:
-    """Versions of the peers that are installed."""
-    names = {"liger_kernel": "liger-kernel", "cut_cross_entropy": "cut-cross-entropy", "trl": "trl", "verl": "verl"}
-    return {pip: version(pip) for module, pip in names.items() if installed(module)}

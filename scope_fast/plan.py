@@ -193,6 +193,8 @@ def describe(config: Config) -> str:
 
 
 def _memory_lines(config: Config, sizes: Sizes, ranks: int) -> list[str]:
+    if config.learner.shard_size and ranks % config.learner.shard_size:
+        raise ValueError(f"learner.shard_size={config.learner.shard_size}: {ranks} GPUs are no multiple of it")
     tokens = config.rollout.prompts_per_step * config.rollout.group_size * config.rollout.context
     micro_batches = -(-tokens // (ranks * config.learner.token_budget))
     held = memory(config, sizes, ranks, reward_model_parameters(config, sizes))

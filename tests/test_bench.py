@@ -378,12 +378,14 @@ def test_gpu_suite_fits_its_time_and_merges(monkeypatch, tmp_path):
     def run_part(part, path, seconds):
         if part.stem == "step_pool":
             return "stopped after 1 s"
-        path.write_text(json.dumps({"environment": {"date": "now"}, "cases": [{"stem": part.stem}]}))
+        path.write_text(json.dumps({"environment": {"date": path.stem}, "cases": [{"stem": part.stem}]}))
         return ""
 
     monkeypatch.setattr(gpu_suite, "run_part", run_part)
     records, wrong = gpu_suite.run_parts(tmp_path)
     assert len(records["linear_scope_loss"]["cases"]) == 8 and len(records["linear_logprob"]["cases"]) == 2
+    dates = [case["environment"]["date"] for case in records["linear_logprob"]["cases"]]
+    assert dates == ["0", "6"] and records["linear_logprob"]["environment"]["date"] == "0"
     assert "step_pool" not in records and wrong == ["step_pool: stopped after 1 s"]
 
 

@@ -142,6 +142,14 @@ def test_every_engine_that_shares_the_gpu_takes_its_share(tmp_path):
         plan.describe(configured(**{**base, "teacher.gpu_memory_utilization": 0.6}))
 
 
+def test_the_plan_counts_tokens_and_micro_batches():
+    asked = {"rollout.prompts_per_step": 24, "rollout.group_size": 8, "rollout.context": 256}
+    asked |= {"model.config": ARCHITECTURE, "distributed.gpus": 5, "learner.token_budget": 1024}
+    assert "at most 49,152 tokens a step, 10 micro-batches on each" in plan.describe(configured(**asked))  # 9.6
+    with pytest.raises(ValueError, match="learner.shard_size=2: 5 GPUs are no multiple of it"):
+        plan.describe(configured(**asked, **{"learner.shard_size": 2}))
+
+
 def test_what_is_elsewhere_or_not_asked_takes_no_memory():
     gpu = {"distributed.gpu_memory_gib": 40}
     assert plan.memory(configured(**gpu), SIZES, ranks=1).engine == pytest.approx(0.4 * 40 * GIB)
