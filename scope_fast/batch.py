@@ -171,6 +171,15 @@ class MicroBatch:
         return MicroBatch(**moved)
 
 
+def of_scaled_logits(streams: TokenStreams, temperature: float, scale: float) -> TokenStreams:
+    """The streams of a model whose logits are `scale` times its head's output: each row's temperature, that of RL rows
+    `temperature` else, in terms of the bare head."""
+    if scale == 1.0:
+        return streams
+    rows = torch.full_like(streams.loss_weight, 1.0 / scale)
+    return replace(streams, temperature=rows.masked_fill_(streams.segment == Segment.RL, temperature / scale))
+
+
 def minibatch_of(group: int, num_groups: int, minibatches: int) -> int:
     """The optimiser step a group of a step's num_groups belongs to: blocks of neighbours, since ranks take groups in
     turn, and each is to have its share of every optimiser step."""

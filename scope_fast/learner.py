@@ -38,13 +38,14 @@ from scope_fast.batch import (
     TokenStreams,
     TrainSequence,
     empty_micro_batch,
+    of_scaled_logits,
     pack,
     split,
 )
 from scope_fast.config import Learner as LearnerConfig
 from scope_fast.flops import model_flops, peak_tflops
 from scope_fast.losses import linear_scope_loss
-from scope_fast.model_checks import check_model, check_packing
+from scope_fast.model_checks import check_model, check_packing, logit_scale
 from scope_fast.ops.linear_logprob import linear_logprob
 
 T = TypeVar("T")
@@ -76,6 +77,7 @@ class Objective(nn.Module):
     def __init__(self, model: nn.Module, options: LossOptions, backend: str | None, autocast: Callable) -> None:
         super().__init__()
         self.model, self.options, self.backend, self.autocast = model, options, backend, autocast
+        self.scale = logit_scale(model)
 
     def forward(self, batch: MicroBatch, score_only: bool = False, own_logits: bool = False):
         """(loss, metrics) of a micro-batch; score_only: the log-probabilities (T,) of its targets, without gradient;
@@ -87,10 +89,12 @@ class Objective(nn.Module):
             hidden = hidden_rows(self.model, batch)
             if score_only:
                 return linear_logprob(
-                    hidden, head.weight, batch.streams.target, bias=head.bias, temperature=options.temperature,
+                    hidden, head.weight, batch.streams.target, bias=head.bias,
+                    temperature=options.temperature / self.scale,
                     logits_dtype=options.logits_dtype, backend=self.backend,
                 ).logprob  # fmt: skip
-            return linear_scope_loss(hidden, head.weight, batch.streams, options, bias=head.bias, backend=self.backend)
+            streams = of_scaled_logits(batch.streams, options.temperature, self.scale)
+            return linear_scope_loss(hidden, head.weight, streams, options, bias=head.bias, backend=self.backend)
 
 
 class Learner:

@@ -6,31 +6,33 @@ The rest `Learner.check` asks the model itself.
 from __future__ import annotations
 
 import inspect
+import math
 
 from torch import nn
 
 ATTENTIONS = {"full_attention", "sliding_attention", "chunked_attention"}  # of configurations' layer_types
-RESCALED_LOGITS = {  # configuration fields of models that change the head's output, and the value that changes nothing
-    "final_logit_softcapping": None,  # Gemma 2, 3
-    "logits_soft_cap": None,  # RecurrentGemma
-    "output_logit_soft_cap": None,  # xLSTM
-    "logits_scaling": 1.0,  # Granite, MiniCPM
-    "logit_scale": 1.0,  # Cohere
-    "lm_head_multiplier": 1.0,  # Falcon-H1
-}
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma 2 and 3, RecurrentGemma, xLSTM
+SCALES = {"logits_scaling": -1, "logit_scale": 1, "lm_head_multiplier": 1}  # Granite, Cohere, Falcon-H1; by what power
 
 
-def rescaled_logits(model: nn.Module) -> str | None:
-    """The configuration field by which a model changes what its head gives, if there is one."""
+def logit_scale(model: nn.Module) -> float:
+    """What a model multiplies its head's output by. The fused head divides its temperature by it."""
     config = model.config.get_text_config()
-    changes = (name for name, neutral in RESCALED_LOGITS.items() if getattr(config, name, None) not in (None, neutral))
-    return next(changes, None)
+    factors = ((getattr(config, name, None), power) for name, power in SCALES.items())
+    return math.prod(float(value) ** power for value, power in factors if value is not None)
+
+
+def capped_logits(model: nn.Module) -> str | None:
+    """The configuration field by which a model bends what its head gives, if there is one."""
+    config = model.config.get_text_config()
+    return next((name for name in CAPS if getattr(config, name, None) is not None), None)
 
 
 def check_model(model: nn.Module) -> None:
-    """Refuses, by name, models whose logits are not hidden @ weight.T (+ bias): the fused head would be wrong."""
+    """Refuses, by name, models whose logits are not a multiple of hidden @ weight.T (+ bias): the fused head would be
+    wrong."""
     name = type(model).__name__
-    if field := rescaled_logits(model):
+    if field := capped_logits(model):
         value = getattr(model.config.get_text_config(), field)
         raise ValueError(f"{name}: {field}={value} is not supported by the fused head")
     head = model.get_output_embeddings()

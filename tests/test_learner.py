@@ -16,8 +16,8 @@ from scope_fast import attention
 from scope_fast import learner as learner_module
 from scope_fast.batch import LossOptions, Segment, TrainSequence, pack, sequence_lengths
 from scope_fast.config import Learner as Settings
-from scope_fast.learner import Learner, hidden_rows
-from scope_fast.losses import linear_scope_loss
+from scope_fast.learner import Learner, _inputs, hidden_rows
+from scope_fast.losses import linear_scope_loss, scope_loss
 from scope_fast.model_checks import check_model, check_packing
 
 IGNORE, RL, NLL = Segment.IGNORE, Segment.RL, Segment.NLL
@@ -417,15 +417,11 @@ def test_bfloat16_learns_about_the_same():
     assert math.isfinite(metrics["loss/total"])
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [("final_logit_softcapping", 30.0), ("logits_scaling", 8.0), ("logit_scale", 0.0625), ("lm_head_multiplier", 0.5)],
-)
-def test_models_that_change_the_head_s_output_are_refused_by_name(field, value):
-    with pytest.raises(ValueError, match=f"Qwen2ForCausalLM: {field}={value} is not supported by the fused head"):
-        learner_of(make(**{field: value}))
-    for harmless in (None, 1.0) if field != "final_logit_softcapping" else (None,):
-        check_model(make(**{field: harmless}))
+@pytest.mark.parametrize("field", ["final_logit_softcapping", "logits_soft_cap"])
+def test_models_that_bend_the_head_s_output_are_refused_by_name(field):
+    with pytest.raises(ValueError, match=rf"Qwen2ForCausalLM: {field}=30\.0 is not supported by the fused head"):
+        learner_of(make(**{field: 30.0}))
+    check_model(make(**{field: None}))
 
 
 SIZES = {
@@ -469,6 +465,28 @@ def scaled(model):
         for name, p in model.named_parameters():
             p.normal_(float("norm" in name), 0.2, generator=torch.Generator().manual_seed(p.numel()))
     return model
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changed"), [("granite", {"logits_scaling": 8.0}), ("cohere", {"logit_scale": 3.0})]
+)
+def test_a_model_that_scales_its_logits_is_that_at_another_temperature(model_type, changed):
+    """By its own logits; and its gradient is that of the same loss on them."""
+    config = AutoConfig.for_model(model_type, **SIZES, pad_token_id=0, bos_token_id=1, eos_token_id=2, **changed)
+    how = attention.implementation(torch.float32)
+    model = scaled(AutoModelForCausalLM.from_config(config, attn_implementation=how)).double()
+    learner = Learner(model, Settings(), LossOptions(temperature=0.7), 1)
+    learner.check()
+    (batch,) = pack(mixture(), 10_000, learner.options, 1, 1)
+    got = torch.autograd.grad(learner.objective(batch)[0], model.parameters(), allow_unused=True)
+    logits = model(**_inputs(batch)).logits[0].index_select(0, batch.rows)
+    policy = (batch.streams.segment == RL)[:, None]  # the likelihood is at temperature 1
+    logprob = torch.where(policy, logits / 0.7, logits).log_softmax(-1).gather(1, batch.streams.target[:, None])[:, 0]
+    loss, _ = scope_loss(logprob, batch.streams, learner.options)
+    expected = torch.autograd.grad(loss, model.parameters(), allow_unused=True)
+    for one, other in zip(got, expected, strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or (one - other).norm() <= 1e-6 * other.norm()  # a stream's temperature is a float32
 
 
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])

@@ -146,7 +146,7 @@ def test_the_plan_counts_tokens_and_micro_batches():
     asked = {"rollout.prompts_per_step": 24, "rollout.group_size": 8, "rollout.context": 256}
     asked |= {"model.config": ARCHITECTURE, "distributed.gpus": 5, "learner.token_budget": 1024}
     assert "at most 49,152 tokens a step, 10 micro-batches on each" in plan.describe(configured(**asked))  # 9.6
-    with pytest.raises(ValueError, match="learner.shard_size=2: 5 GPUs are no multiple of it"):
+    with pytest.raises(ValueError, match=r"learner\.shard_size=2: 5 GPUs are no multiple of it"):
         plan.describe(configured(**asked, **{"learner.shard_size": 2}))
 
 

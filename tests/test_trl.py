@@ -365,6 +365,17 @@ def test_models_with_rescaled_logits_are_refused():
         ours.replace_fused_head(model, 1.0, False)
 
 
+def test_a_model_s_own_scale_of_its_logits_is_folded_into_the_temperature():
+    """Cohere's, on another model: the head alone knows of it here."""
+    ids = torch.randint(2, VOCAB, (3, 9), generator=torch.Generator().manual_seed(1))
+    scaled, plain = tiny_model(), tiny_model()
+    scaled.config.logit_scale = 0.25
+    trl_head(scaled, 0.5)
+    trl_head(plain, 2.0)
+    mine, other = (model(input_ids=ids, labels=ids, fused_lm_head=True).log_probs for model in (scaled, plain))
+    assert torch.equal(mine, other)
+
+
 def test_another_trl_is_refused_by_name():
     found = {name: getattr(GRPOTrainer, name.split(".")[-1], None) for name in ours.HOOKS if "." in name}
     from trl.trainer import utils

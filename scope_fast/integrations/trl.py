@@ -33,9 +33,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scope_fast.batch import NLL_SHAPES, LossOptions, Segment, TokenStreams
+from scope_fast.batch import NLL_SHAPES, LossOptions, Segment, TokenStreams, of_scaled_logits
 from scope_fast.losses import linear_scope_loss
-from scope_fast.model_checks import check_model
+from scope_fast.model_checks import check_model, logit_scale
 from scope_fast.ops.linear_logprob import linear_logprob
 
 VERSIONS = "1.16"  # written and tested against this minor version: every hook below is private
@@ -153,6 +153,7 @@ def replace_fused_head(
     all B * L positions, options), for linear_scope_loss. Raises ValueError for heads that are not hidden @ weight.T.
     """
     check_model(model)
+    scale = logit_scale(model)
     forward = model.forward
 
     def rows_of(self: nn.Module, args: tuple, kwargs: dict) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -173,8 +174,10 @@ def replace_fused_head(
         enabled = torch.is_autocast_enabled(hidden.device.type) and not cast_lm_head_to_fp32
         with torch.autocast(hidden.device.type, torch.get_autocast_dtype(hidden.device.type), enabled=enabled):
             if scope is not None:
-                return linear_scope_loss(hidden.flatten(0, 1), weight, *scope, bias=bias, backend=backend)
-            return _score(hidden, weight, bias, labels, temperature, backend)
+                streams, options = scope
+                streams = of_scaled_logits(streams, options.temperature, scale)
+                return linear_scope_loss(hidden.flatten(0, 1), weight, streams, options, bias=bias, backend=backend)
+            return _score(hidden, weight, bias, labels, temperature / scale, backend)
 
     model.forward = types.MethodType(scoring_forward, model)
 

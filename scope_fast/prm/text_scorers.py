@@ -13,7 +13,7 @@ import torch
 
 from scope_fast import attention
 from scope_fast.loading import pretrained
-from scope_fast.model_checks import check_packing, rescaled_logits
+from scope_fast.model_checks import capped_logits, check_packing, logit_scale
 from scope_fast.ops.step_pool import PrmHead
 from scope_fast.prm.formats import Encoded, Format, QwenFormat, RlhflowFormat, ShepherdFormat
 from scope_fast.prm.scorers import packed_scores, scores_of_those_that_fit
@@ -74,8 +74,8 @@ def load(kind: str, folder: str, student, dtype: torch.dtype, device: torch.devi
     model = pretrained("prm.path", AutoModelForCausalLM, folder, **how).to(device)
     check_packing(model)
     lm_head = model.get_output_embeddings()
-    if field := rescaled_logits(model):
-        raise ValueError(f"prm.path: a model with {field} changes its logits after the head")
+    if capped_logits(model) or logit_scale(model) != 1.0:
+        raise ValueError(f"prm.path: {type(model).__name__} of this configuration changes its logits after the head")
     if getattr(lm_head, "bias", None) is not None:
         raise ValueError("prm.path: a language model head with a bias is not supported")
     head = PrmHead.from_lm_head(lm_head.weight, fmt.negative_id, fmt.positive_id)
