@@ -53,8 +53,8 @@ def packed_sdpa(
 ) -> tuple[Tensor, None]:
     """transformers' SDPA, sequence by sequence. query (1, H, L, d), key and value (1, H_kv, L, d) -> (1, L, H, d).
 
-    ValueError for a batch of several rows, where the model does not pass position_ids (1, L) on to its attention, or
-    where it makes a mask of its own (Doge), which would be left out.
+    ValueError for a batch of several rows, if the model does not pass position_ids (1, L) to its attention, or if it
+    makes a mask of its own (Doge), which would be ignored.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 

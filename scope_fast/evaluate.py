@@ -6,10 +6,10 @@ is evaluated under its own config.yaml, or with --step one of its checkpoints. W
                         other tasks than the run's, a few in a thousand may be a training prompt's text again); of a
                         run with data.path, the rows it held out
     --data.path FILE    every row of a data set             --suite FILE    every row of a list of benchmarks
-Any configuration key may follow, as for `scope_fast.train`: --rollout.max_tokens 2048 --verifier.score my.module:score
+Configuration keys may follow, as for `scope_fast.train`: --rollout.max_tokens 2048 --verifier.score my.module:score
 With --suite, data.* and verifier.score may not: the suite's file says them for every benchmark.
-The result is a table, and a JSON file: where --json says, or of a run RUN/evaluation.json, the name of another data set
-or suite and the step behind "evaluation": evaluation_FILE_step_N.json.
+The result is a table and a JSON file: --json's, or for a run RUN/evaluation.json; the names of another data set or
+suite and of the step are appended: evaluation_FILE_step_N.json.
 scorecard.py says what is measured.
 """
 

@@ -3,9 +3,9 @@ r"""The scoring function for mathematical answers, `scope_fast.math_answers:scor
 A module of its own, so that a missing math-verify shows when the verifier starts and not at every response, and so that
 the seconds sympy takes to import do not count against the first one.
 
-math-verify's own time limits are off: they ring SIGALRM, which works in a main thread only, which a long operation in C
-hears when it is over, and which makes a time-out a silent "wrong". The verifier kills the worker at its deadline for a
-response instead, and counts it. Who calls `score` elsewhere must bring a deadline: 9^{9^{9^9}} is compared for ever.
+math-verify's own time limits are off: they use SIGALRM, which works in the main thread only, cannot interrupt a long
+operation in C, and turns a time-out into a silent "wrong". The verifier kills the worker at its deadline for a response
+instead, and counts it. A caller outside the verifier needs a deadline of its own: comparing 9^{9^{9^9}} never ends.
 """
 
 from __future__ import annotations

@@ -76,6 +76,6 @@ def has(name: str, device_type: str) -> bool:
 
 
 def clusters_fit() -> bool:
-    """Whether the current GPU can run linear_scope_loss_rows. Of the others it is not asked: that would open a context,
-    and take half a GiB, on each of them."""
+    """Whether the current GPU can run linear_scope_loss_rows. Other GPUs are not asked: that would open a context, half
+    a GiB, on each of them."""
     return torch.ops.scope_fast_native.linear_scope_loss_fits()

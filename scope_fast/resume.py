@@ -57,7 +57,7 @@ def _claim_folder(config: Config, resume: str, start: Path | None) -> None:
         if finished(config, start):  # its configuration stays what it ran with
             return
         if changed := _differences(old, config.model_dump(), QUIET_CHANGES):
-            console.print(f"{folder} goes on with other values of {', '.join(changed)}", markup=False)
+            console.print(f"{folder} resumes with other values of {', '.join(changed)}", markup=False)
     stored, text = folder / "config.yaml", to_yaml(config)
     if not stored.exists() or stored.read_text(encoding="utf-8") != text:
         write_whole(stored, text, "the configuration")

@@ -44,8 +44,8 @@ class TeacherError(RuntimeError):
 
 
 class Teacher(Protocol):
-    """One with a true `in_process` computes in this process, where nobody could end it from outside: it keeps to its
-    time itself."""
+    """A teacher whose `in_process` is true computes in this process, where nothing can stop it from outside: it keeps
+    to the time limit itself."""
 
     def complete(self, requests: list[Request]) -> list[Reply | TeacherError]:
         """One reply or error per request, in order. May block; `ask` puts a bound on it."""

@@ -75,8 +75,8 @@ class EndpointTeacher:
         return counts
 
     def body(self, request: Request) -> dict[str, Any]:
-        """What is sent. No seed where nothing is drawn, so that the cache finds the same question again. Of the room
-        that is left where the server counts in the student's tokens."""
+        """What is sent. No seed where nothing is drawn, so that the cache finds the same question again.
+        max_tokens is cut to the room left, where the server counts in the student's tokens."""
         budget = self._config.max_tokens
         if self.sends_tokens and request.room is not None:
             budget = max(1, min(budget, request.room))

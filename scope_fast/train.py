@@ -143,7 +143,7 @@ def parse(argv: list[str] | None) -> tuple[Config, str, bool, replay.Source | No
                 raise ValueError(f"--resume {known.resume}: no run there (no config.yaml)")
             out = dict(pairs).get("out", known.resume)
             if Path(out).expanduser().resolve() != run.resolve():
-                raise ValueError(f"--resume {known.resume} goes on in that directory, not in --out {out}")
+                raise ValueError(f"--resume {known.resume} resumes in that directory, not in --out {out}")
             config = load(path or run / "config.yaml", pairs).model_copy(update={"out": known.resume})
         if config.data.path is None:
             for name in config.data.tasks:
@@ -198,7 +198,7 @@ def write_environment(out: Path, resume_step: int, engine: str) -> None:
     with writing("the environment", path):
         changed = environment.record(path, resume_step, environment.now(engine))
     if changed:
-        console.print(f"{out} goes on in another environment: {'; '.join(changed)}", markup=False)
+        console.print(f"{out} resumes in another environment: {'; '.join(changed)}", markup=False)
 
 
 def save(trainer: Trainer) -> None:

@@ -205,7 +205,7 @@ def test_resume_of_a_directory_takes_its_configuration(tmp_path, capsys):
     assert config.run_dir == tmp_path
     with pytest.raises(SystemExit):
         train.parse(["--resume", str(tmp_path), "--out", str(tmp_path / "elsewhere")])
-    assert f"--resume {tmp_path} goes on in that directory, not in --out" in capsys.readouterr().err
+    assert f"--resume {tmp_path} resumes in that directory, not in --out" in capsys.readouterr().err
 
 
 def claimed(folder, *arguments):
@@ -275,7 +275,7 @@ def test_a_directory_of_another_configuration_is_refused(tmp_path, capsys):
     assert "error: out:" in capsys.readouterr().out
     capsys.readouterr()
     claim(parse(["--out", str(tmp_path), "--learner.token_budget", "64", "--checkpoint.every", "3"])[0], "auto")
-    assert f"{tmp_path} goes on with other values of learner.token_budget\n" in capsys.readouterr().out
+    assert f"{tmp_path} resumes with other values of learner.token_budget\n" in capsys.readouterr().out
     longer = parse(["--out", str(tmp_path), "--steps", "7"])[0]
     with pytest.raises(ValueError, match=r"other values of steps"):  # under a cosine a longer run is another run
         claim(longer, "auto")
