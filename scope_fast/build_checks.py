@@ -53,8 +53,9 @@ def check_context(config: Config, folder: str) -> None:
     own = AutoConfig.from_pretrained(folder).get_text_config()
     rope = getattr(own, "rope_parameters", None) or {}
     longest = getattr(own, "max_position_embeddings", None)
-    # what a scaled RoPE makes of its positions, the engine knows
-    if longest and config.rollout.context > longest and rope.get("rope_type", "default") == "default":
+    # what a scaled RoPE, or one for each kind of layer, makes of its positions, the engine knows
+    plain = rope.get("rope_type", "default") == "default" and not any(isinstance(v, dict) for v in rope.values())
+    if longest and plain and config.rollout.context > longest:
         raise ValueError(f"rollout.context={config.rollout.context}: the model at model.path allows {longest}")
 
 
