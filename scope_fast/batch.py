@@ -172,12 +172,14 @@ class MicroBatch:
 
 
 def of_scaled_logits(streams: TokenStreams, temperature: float, scale: float) -> TokenStreams:
-    """The streams of a model whose logits are `scale` times its head's output: each row's temperature, that of RL rows
-    `temperature` else, in terms of the bare head."""
+    """The streams of a model whose logits are `scale` times its head's output, for that head: every row's temperature
+    (its stream's, else `temperature` on RL rows and 1 on NLL rows) over the scale."""
     if scale == 1.0:
         return streams
-    rows = torch.full_like(streams.loss_weight, 1.0 / scale)
-    return replace(streams, temperature=rows.masked_fill_(streams.segment == Segment.RL, temperature / scale))
+    rows = streams.temperature
+    if rows is None:
+        rows = torch.ones_like(streams.loss_weight).masked_fill_(streams.segment == Segment.RL, temperature)
+    return replace(streams, temperature=rows / scale)
 
 
 def minibatch_of(group: int, num_groups: int, minibatches: int) -> int:

@@ -40,6 +40,11 @@ class _Section(BaseModel):
         return value
 
 
+def _of_a_run(info: ValidationInfo) -> bool:
+    """Whether a run's own file is read, whose options that do nothing a run once went with (config_files.load)."""
+    return bool(info.context and info.context.get("of_a_run"))
+
+
 def plain_types(annotation: Any) -> Iterator[Any]:
     """The types that a field's annotation admits: of a union each, without what Annotated adds."""
     if get_origin(annotation) in (Union, UnionType, Annotated):
@@ -132,9 +137,9 @@ class Data(_Section):
     heldout: Positive = Field(256, description="prompts set aside for evaluation; never trained on")
 
     @model_validator(mode="after")
-    def _reads_what_is_named(self) -> Data:
+    def _reads_what_is_named(self, info: ValidationInfo) -> Data:
         columns = ("subset", "prompt_column", "answer_column", "choices_column", "distractor_columns")
-        if self.path is None and (named := [name for name in columns if getattr(self, name)]):
+        if self.path is None and not _of_a_run(info) and (named := [name for name in columns if getattr(self, name)]):
             raise ValueError(f"{named[0]}: of a data set at data.path, and none is named")
         if self.choices_column and self.distractor_columns:
             raise ValueError("choices_column: the options are there, or in distractor_columns beside the right one")
@@ -224,8 +229,8 @@ class Prm(_Section):
     )
 
     @model_validator(mode="after")
-    def _has_a_model(self) -> Prm:
-        if self.path != "tiny" and self.kind == "exact":
+    def _has_a_model(self, info: ValidationInfo) -> Prm:
+        if self.path != "tiny" and self.kind == "exact" and not _of_a_run(info):
             raise ValueError("path: kind exact is the task's own checker and reads no model")
         if self.path == "tiny" and self.kind not in ("token_classifier", "exact"):
             raise ValueError(f"path: kind {self.kind} needs a Hugging Face folder or hub name")
@@ -280,10 +285,10 @@ class Teacher(_Section):
     max_tokens: Positive = Field(128, description="budget of a suffix; one that does not finish within it is rejected")
 
     @model_validator(mode="after")
-    def _is_what_is_named(self) -> Teacher:
-        if self.kind != "model" and self.path != "tiny":
+    def _is_what_is_named(self, info: ValidationInfo) -> Teacher:
+        if self.kind != "model" and self.path != "tiny" and not _of_a_run(info):
             raise ValueError(f"path: only kind model is one, and kind is {self.kind}")
-        if self.kind != "endpoint" and self.endpoint.url:
+        if self.kind != "endpoint" and self.endpoint.url and not _of_a_run(info):
             raise ValueError(f"endpoint.url: only kind endpoint asks it, and kind is {self.kind}")
         if self.kind == "endpoint" and not (self.endpoint.url and self.endpoint.model):
             raise ValueError("endpoint: kind endpoint needs endpoint.url and endpoint.model")
@@ -385,14 +390,8 @@ class Evaluation(_Section):
     """Held-out evaluation inside a run: before the first and after the last step."""
 
     prompts: Positive = 256
-    samples: Positive = 2
+    samples: Positive = Field(2, description="of each prompt; one at temperature 0")
     temperature: float = Field(1.0, ge=0)
-
-    @model_validator(mode="after")
-    def _differ(self) -> Evaluation:
-        if self.temperature == 0.0 and self.samples > 1:
-            raise ValueError(f"samples={self.samples}: at temperature 0 all would be the same; set 1")
-        return self
 
 
 class Checkpoint(_Section):
@@ -450,7 +449,7 @@ class Config(_Section):
     logging: Logging = Logging()
 
     @model_validator(mode="after")
-    def _consistent(self) -> Config:
+    def _consistent(self, info: ValidationInfo) -> Config:
         try:
             self.loss_options()
         except ValueError as error:
@@ -472,7 +471,7 @@ class Config(_Section):
             )
         if self.rollout.server_url is not None and self.rollout.server_gpus is not None:
             raise ValueError("rollout.server_gpus: the server at rollout.server_url has its own")
-        if self.rollout.server_workers > 1 and self.rollout.server_url is None:
+        if self.rollout.server_workers > 1 and self.rollout.server_url is None and not _of_a_run(info):
             raise ValueError(
                 "rollout.server_workers: of the server at rollout.server_url; one started here has a worker for each "
                 "of rollout.server_gpus"
@@ -486,7 +485,8 @@ class Config(_Section):
             raise ValueError(f"rollout.sleep_level: only vLLM in this process sleeps, not {self.rollout.engine}")
         if self.loss.kl != "none" and self.loss.kl_coef == 0.0:
             raise ValueError(f"loss.kl={self.loss.kl} without loss.kl_coef would do nothing")
-        if self.method == "sft" and (self.loss.kl != "none" or self.loss.entropy_coef != 0.0):
+        unread = self.loss.kl != "none" or self.loss.entropy_coef != 0.0
+        if self.method == "sft" and unread and not _of_a_run(info):
             named = "kl" if self.loss.kl != "none" else "entropy_coef"
             raise ValueError(f"loss.{named}: of the policy gradient, and sft trains by likelihood alone")
         if self.rollout.overlap == "one_step":

@@ -26,8 +26,10 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def load(path: str | Path | None = None, overrides: Iterable[tuple[str, str]] = ()) -> Config:
+def load(path: str | Path | None = None, overrides: Iterable[tuple[str, str]] = (), of_a_run: bool = False) -> Config:
     """A `Config` from a YAML file (None: the quickstart) and (dotted key, YAML value) pairs, later ones winning.
+
+    of_a_run: the file is a run's own, which an older version may have written: what does nothing is left in peace.
 
     Raises ValueError naming the key: unknown ones with the nearest valid name, wrong values with what is expected;
     FileNotFoundError when `path` is neither a file nor the name of a preset.
@@ -40,7 +42,7 @@ def load(path: str | Path | None = None, overrides: Iterable[tuple[str, str]] = 
         _set(raw, key, read_value(key, text))
     _reject_unknown(raw, Config, "")
     try:
-        config = Config(**raw)
+        config = Config.model_validate(raw, context={"of_a_run": of_a_run})
     except ValidationError as error:
         raise ValueError(explain(error)) from None
     if config.model.dtype != "auto":
@@ -101,9 +103,9 @@ def parse_yaml(text: str, where: str) -> Any:
 
 def read_value(key: str, text: str) -> Any:
     """What the text behind `--key` stands for: YAML, but for an option that is a text: that is taken as it stands, as
-    "####" or "Finish with Answer: N", unless it is quoted or, where the option may be left out, null."""
+    "####" or "Finish with Answer: N", unless it is quoted or, where the option may be left out, empty or null."""
     kinds = _kinds(key)
-    if kinds is None or not kinds <= {str, NoneType} or (text == "null" and NoneType in kinds):
+    if kinds is None or not kinds <= {str, NoneType} or (text in ("", "null", "~") and NoneType in kinds):
         return parse_yaml(text, f"--{key}")
     if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
         with contextlib.suppress(yaml.YAMLError):  # "a" and "b": no quoted text, but one that holds quotes

@@ -77,24 +77,24 @@ def parse(arguments: list[str], description: str) -> Request:
     if options.data_dir and not options.suite:
         raise ValueError("--data-dir holds the files of a suite: name it with --suite")
     suite = load_suite(options.suite, options.data_dir) if options.suite else None
-    given = [dotted({key: read_value(key, value)}) for key, value in overrides(rest)]
-    pairs = [pair for each in given for pair in each]  # sections key by key, so that what is in them is seen here
-    for key, _ in pairs if suite else ():
+    pairs = overrides(rest)
+    # sections key by key, so that what is in them is seen here
+    asked = {name: text for key, value in pairs for name, text in dotted({key: read_value(key, value)})}
+    for key in asked if suite else ():
         if set_by_benchmark(key):
             raise ValueError(f"--{key}: every benchmark of --suite {options.suite} has its own; change it in the file")
-    asked = dict(pairs)
     for key, instead in INSTEAD.items():
         if key in asked and not (key == "model.path" and options.step is not None):
             raise ValueError(f"--{key} is a run's: an evaluation is told by {instead}")
     named = {"rollout.engine": options.engine, "seed": options.seed, "evaluation.temperature": options.temperature}
     pairs += [(key, str(value)) for key, value in named.items() if value is not None]
-    pairs.append(("evaluation.samples", "1"))  # of a run; its check against temperature 0 is none of ours
     run, folder, base = locate(arguments[0], options.step)
+    pairs = [*(dotted(suite.config) if suite else ()), *pairs]
     if options.prm is not None:
-        kind = json.loads(asked.get("prm.kind", "null")) or load(base).prm.kind
+        kind = json.loads(dict([*pairs, *asked.items()]).get("prm.kind", "null")) or load(base, of_a_run=True).prm.kind
         named = {"prm.path": options.prm, "prm.kind": "token_classifier" if kind == "exact" else kind}
-        pairs += [(key, json.dumps(value)) for key, value in named.items()]
-    config = load(base, [*(dotted(suite.config) if suite else ()), *pairs])
+        pairs += [(key, json.dumps(value, ensure_ascii=False)) for key, value in named.items()]
+    config = load(base, pairs, of_a_run=run is not None)
     own_data = suite is None and "data.path" not in asked
     parts = ["evaluation"] if own_data else ["evaluation", Path(options.suite or config.data.path or "tasks").stem]
     results = "_".join([*parts, *([] if options.step is None else [f"step_{options.step}"])]) + ".json"

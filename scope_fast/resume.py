@@ -72,7 +72,7 @@ def check_claim(config: Config, resume: str) -> dict | None:
         if resume == "never":
             raise ValueError(f"out: {folder} already holds a run; choose another directory or --resume auto")
         free = MAY_CHANGE if config.learner.schedule == "constant" else MAY_CHANGE - {"steps"}
-        old, new = load(stored).model_dump(), config.model_dump()
+        old, new = load(stored, of_a_run=True).model_dump(), config.model_dump()
         if different := _differences(old, new, free):
             names, why = ", ".join(different), ""
             if "steps" in different:

@@ -92,5 +92,5 @@ def dotted(sections: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
         if isinstance(value, dict):
             pairs += dotted(value, f"{prefix}{key}.")
         else:
-            pairs.append((f"{prefix}{key}", json.dumps(value)))
+            pairs.append((f"{prefix}{key}", json.dumps(value, ensure_ascii=False, default=str)))
     return pairs

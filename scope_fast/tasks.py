@@ -201,11 +201,15 @@ def slipping(rng: Random, rate: float) -> Callable[[int], int]:
 
 def extract_answer(response: str) -> str | None:
     """What follows the last "Answer:", bold or not, or None."""
+    answer = _after_answer(response)
+    if answer is None or not answer.endswith("**"):
+        return answer
+    return answer.removesuffix("**").removeprefix("**").strip() or None
+
+
+def _after_answer(response: str) -> str | None:
     found = _ANSWER.findall(response)
-    if not found:
-        return None
-    answer = found[-1].strip()
-    return answer.removesuffix("**").removeprefix("**").strip() or None if answer.endswith("**") else answer
+    return found[-1].strip() if found else None
 
 
 def score(response: str, entry: Entry) -> tuple[float, str | None]:
@@ -225,5 +229,6 @@ def score(response: str, entry: Entry) -> tuple[float, str | None]:
     if answer is None:
         return 0.0, None
     if name not in TASKS:
-        return float(answer == str(entry["answer"]).strip()), answer
+        gold = str(entry["answer"]).strip()  # which may end in ** itself
+        return (1.0, gold) if gold in (answer, _after_answer(response)) else (0.0, answer)
     return float(_scorer(name).score_answer(answer, entry) >= 1.0), answer

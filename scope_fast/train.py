@@ -44,12 +44,12 @@ USAGE = (
 
 @record  # under torchrun the reason of the rank that failed first goes on top
 def main(argv: list[str] | None = None) -> int:
-    config, resume, dry_run, source = parse(argv)
     try:
-        distributed.claim_gpu()
+        distributed.claim_gpu()  # before `parse`, which asks CUDA what model.dtype auto stands for
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
+    config, resume, dry_run, source = parse(argv)
     with distributed.process_group(config.distributed.timeout_s):
         console.quiet = not distributed.is_main()
         return run(config, resume, dry_run, source)
@@ -132,7 +132,7 @@ def parse(argv: list[str] | None) -> tuple[Config, str, bool, replay.Source | No
             source = replay.find(known.replay)
             if path is not None:
                 raise ValueError(f"--replay takes the run's own configuration, not {path}")
-            config = load(source.run_dir / "config.yaml", overrides(rest))
+            config = load(source.run_dir / "config.yaml", overrides(rest), of_a_run=True)
             return config.model_copy(update={"out": str(source.run_dir)}), "auto", False, source
         pairs = overrides(rest)
         if known.resume in ("auto", "never"):
@@ -144,7 +144,8 @@ def parse(argv: list[str] | None) -> tuple[Config, str, bool, replay.Source | No
             out = dict(pairs).get("out", known.resume)
             if Path(out).expanduser().resolve() != run.resolve():
                 raise ValueError(f"--resume {known.resume} resumes in that directory, not in --out {out}")
-            config = load(path or run / "config.yaml", pairs).model_copy(update={"out": known.resume})
+            config = load(path or run / "config.yaml", pairs, of_a_run=path is None)
+            config = config.model_copy(update={"out": known.resume})
         if config.data.path is None:
             for name in config.data.tasks:
                 check_name(name)
@@ -249,9 +250,10 @@ def held_out(trainer: Trainer, when: str) -> float:
     """Pass rate on the held-out prompts, printed."""
     settings = trainer.config.evaluation
     prompts = trainer.data.heldout[: settings.prompts]
-    rate, lost = trainer.pass_rate(prompts, settings.samples, settings.temperature)
+    samples = settings.samples if settings.temperature > 0.0 else 1  # the others would be the same
+    rate, lost = trainer.pass_rate(prompts, samples, settings.temperature)
     console.print(
-        f"held-out pass rate {when}: {100 * rate:.1f} % ({len(prompts)} prompts x {settings.samples}, "
+        f"held-out pass rate {when}: {100 * rate:.1f} % ({len(prompts)} prompts x {samples}, "
         f"temperature {settings.temperature:g}{f', {lost} without a verdict' if lost else ''}"
         f"{''.join(f', {name} {count}' for name, count in trainer.data.heldout_counts.items())})"
     )

@@ -1,6 +1,7 @@
 """Packing by hand: what goes where, what is left out, what it is divided by."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from scope_fast.batch import (
     bins,
     is_active,
     minibatch_of,
+    of_scaled_logits,
     pack,
 )
 
@@ -205,3 +207,12 @@ def test_every_rank_has_its_share_of_every_optimiser_step(ranks, minibatches, gr
     assert all(max(row) - min(row) <= 1 for row in sizes)
     whole = [sum(row) for row in sizes]
     assert max(whole) - min(whole) <= 1
+
+
+def test_a_scale_of_the_logits_divides_every_row_s_temperature():
+    segment = torch.tensor([Segment.RL, Segment.NLL], dtype=torch.uint8)
+    streams = TokenStreams(torch.tensor([3, 4]), segment, torch.ones(2))
+    assert of_scaled_logits(streams, 0.5, 1.0) is streams
+    assert of_scaled_logits(streams, 0.5, 0.25).temperature.tolist() == [2.0, 4.0]
+    own = replace(streams, temperature=torch.tensor([3.0, 5.0]))
+    assert of_scaled_logits(own, 0.5, 2.0).temperature.tolist() == [1.5, 2.5]

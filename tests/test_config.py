@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import yaml
 from factories import configured
 from pydantic import ValidationError
 
@@ -122,7 +123,6 @@ def test_wrong_values_are_named(key, value, message):
         ([("teacher.path", "there")], "teacher.path: only kind model is one, and kind is solver"),
         ([("teacher.endpoint.url", "http://a/v1")], "teacher.endpoint.url: only kind endpoint asks it"),
         ([("prm.kind", "exact"), ("prm.path", "there")], "prm.path: kind exact is the task's own checker"),
-        ([("evaluation.temperature", "0")], "evaluation.samples=2: at temperature 0 all would be the same; set 1"),
         ([("method", "sft"), ("loss.kl", "k3"), ("loss.kl_coef", "1")], "loss.kl: of the policy gradient, and sft"),
         ([("method", "sft"), ("loss.entropy_coef", "0.1")], "loss.entropy_coef: of the policy gradient, and sft"),
         ([("out", "{method.x}")], "out='{method.x}': only {method} and {seed} are filled in"),
@@ -130,6 +130,27 @@ def test_wrong_values_are_named(key, value, message):
 )
 def test_what_would_do_nothing_or_cannot_be_is_refused(overrides, message):
     assert message in refusal(*overrides)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"prm": {"kind": "exact", "path": "there"}},
+        {"teacher": {"path": "there"}},
+        {"teacher": {"endpoint": {"url": "http://a/v1"}}},
+        {"method": "sft", "loss": {"kl": "k3", "kl_coef": 1.0}},
+        {"data": {"prompt_column": "question"}},
+        {"rollout": {"server_workers": 2}},
+    ],
+)
+def test_a_run_of_an_older_version_is_read_as_it_was(changed, tmp_path):
+    """What does nothing was no error once."""
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(changed))
+    with pytest.raises(ValueError):
+        load(tmp_path / "config.yaml")
+    config = load(tmp_path / "config.yaml", of_a_run=True)
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load(tmp_path / "config.yaml", of_a_run=True) == config
 
 
 @pytest.mark.parametrize(
@@ -141,6 +162,8 @@ def test_what_would_do_nothing_or_cannot_be_is_refused(overrides, message):
         ("data.instruction", '"a\\tb"', "a\tb"),
         ("data.instruction", '"A" or "B"', '"A" or "B"'),
         ("data.path", "null", None),
+        ("data.path", "", None),
+        ("data.path", "~", None),
         ("data.path", "'null'", "null"),
         ("data.path", "007", "007"),
         ("scope.step_separator", " ", " "),

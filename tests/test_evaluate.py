@@ -64,7 +64,12 @@ class Scripted:
 def scripted(monkeypatch):
     def use(script):
         engine = Scripted(script)
-        monkeypatch.setattr(evaluate, "make_engine", lambda kind, folder, options: engine)
+
+        def make_engine(kind, folder, options):
+            engine.options = options
+            return engine
+
+        monkeypatch.setattr(evaluate, "make_engine", make_engine)
         return engine
 
     return use
@@ -127,6 +132,7 @@ def test_embedded_tasks_through_the_whole_command(model, scripted, tmp_path, cap
     assert counts == dict.fromkeys(none, 0)
     prompts, samples, sampling, seeds = engine.calls[0]
     assert (prompts, samples, sampling.temperature, sampling.top_p) == (6, 4, 0.7, 0.9)
+    assert engine.options.max_num_seqs == 24  # all of them at once, however small a step of training would be
     assert len({seed for row in seeds for seed in row}) == 24
     printed = capsys.readouterr().out
     assert "chain_sum: 6 problems x 4 samples" in printed and "25.0 %" in printed and "25.0 % [" not in printed
@@ -394,6 +400,28 @@ def test_a_published_reward_model_is_named_by_prm_alone(model, scripted, tmp_pat
     arguments = [model, "--k", "1", "--data.path", data, "--prm", tmp_path, "--prm.kind", "qwen2.5-math-prm"]
     made = run(*arguments, tmp_path=tmp_path)[1]["benchmarks"]["a"]
     assert made["counts"]["prm/invalid"] == 0 and made["metrics"]["scope/near_miss_rate"]["problems"] == 1
+
+
+def test_the_kind_of_a_reward_model_may_be_the_suites(model, tmp_path):
+    data = jsonl(tmp_path / "a.jsonl", [{"prompt": "a", "answer": "5"}])
+    suite = tmp_path / "suite.yaml"
+    suite.write_text(
+        "config: {prm: {kind: qwen2.5-math-prm, path: there}}\n"
+        f"benchmarks: {{a: {{score: 'scope_fast.answers:text', data: {{path: {data}}}}}}}\n"
+    )
+    for more, kind in (([], "qwen2.5-math-prm"), (["--prm.kind", "rlhflow"], "rlhflow")):
+        asked = evaluate.parse([str(model), "--suite", str(suite), "--prm", "mine", *more], "")
+        assert (asked.config.prm.kind, asked.config.prm.path) == (kind, "mine")
+    asked = evaluate.parse([str(model), "--data.path", str(data), "--prm.kind", "exact", "--prm", "mine"], "")
+    assert asked.config.prm.kind == "token_classifier"
+
+
+def test_any_text_reaches_the_prompts(model, scripted, tmp_path):
+    data, asked = jsonl(tmp_path / "a.jsonl", [{"prompt": "a", "answer": "5"}]), []
+    scripted(lambda prompt, sample: asked.append(prompt) or "Answer: 5")
+    instruction = "😀 ends in ####"
+    run(model, "--data.path", data, "--k", "1", "--data.instruction", instruction, tmp_path=tmp_path)
+    assert instruction in asked[0]
 
 
 def test_a_reward_model_in_vllm_is_closed(model, scripted, tmp_path, monkeypatch):

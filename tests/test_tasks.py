@@ -169,6 +169,12 @@ def test_score_of_a_task_that_is_not_embedded():
     assert score("x + 1", entry) == (0.0, None)
 
 
+def test_an_answer_may_end_in_asterisks_itself():
+    entry = {"answer": "2**", "metadata": {"source_dataset": "jsonl"}}
+    assert score("Answer: 2**", entry) == score("**Answer:** 2**", entry) == (1.0, "2**")
+    assert score("Answer: 2", entry) == (0.0, "2")
+
+
 def test_an_entry_is_drawn_from_the_seed_and_its_number():
     data = dataset("chain_sum", 5)
     assert dataset("chain_sum", 6)[2]["question"] == data[3]["question"]  # entry i is drawn from seed + i

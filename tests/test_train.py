@@ -8,12 +8,15 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from scope_fast import build, checkpoint, train
 from scope_fast.build import engine_options
+from scope_fast.build_checks import check_context
 from scope_fast.config_files import PRESETS, load, to_yaml
 from scope_fast.resume import MAY_CHANGE, QUIET_CHANGES, claim
 from scope_fast.rollout.base import EngineOptions
@@ -81,6 +84,8 @@ def test_every_method_leaves_a_whole_run_directory(method, tmp_path, capsys):
         printed = capsys.readouterr().out
     assert "rollout engine: vllm" in printed
     assert "held-out pass rate before" in printed and "held-out pass rate after" in printed
+    (start,) = map(json.loads, (tmp_path / "environment.jsonl").read_text().splitlines())
+    assert (start["step"], start["engine"], start["ranks"]) == (0, "vllm", 1) and start["torch"] == torch.__version__
     for name in ("config.yaml", "metrics.jsonl", "rollouts.jsonl", "report.html", "tensorboard", "checkpoints/step_3",
                  "export/config.json", "export/model.safetensors", "export/tokenizer.json",
                  "export/generation_config.json"):  # fmt: skip
@@ -388,6 +393,36 @@ def test_what_cannot_run_here_shows_before_a_model_is_loaded(settings, message, 
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert train.main(["--out", str(tmp_path), *settings, *SMALL]) == 2
     assert f"error: {message}" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_wandb_is_told_the_configuration_and_a_resumed_run_what_changed(tmp_path, monkeypatch, capsys):
+    calls, settings = [], ["--out", str(tmp_path), "--rollout.engine", "transformers", "--steps", "2", *SMALL]
+    run = SimpleNamespace(id="a", log=lambda values, step: None, finish=lambda exit_code: None)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **options: calls.append(options) or run))
+    settings += ["--logging.wandb_project", "p", "--checkpoint.every", "1"]
+    assert train.main(settings) == 0
+    shutil.rmtree(tmp_path / "export")
+    shutil.rmtree(tmp_path / "checkpoints" / "step_2")
+    line = json.loads((tmp_path / "environment.jsonl").read_text())
+    (tmp_path / "environment.jsonl").write_text(json.dumps(line | {"torch": "2.0.0"}) + "\n")
+    capsys.readouterr()
+    assert train.main([*settings, "--rollout.max_num_seqs", "8"]) == 0
+    assert f"resumes in another environment: torch: {torch.__version__} (was 2.0.0)\n" in capsys.readouterr().out
+    first, second = calls
+    assert (first["project"], first["name"], first["allow_val_change"]) == ("p", tmp_path.name, True)
+    assert first["config"]["rollout"]["max_num_seqs"] == 256 and second["config"]["rollout"]["max_num_seqs"] == 8
+    assert second["id"] == "a"
+
+
+def test_a_scaled_rope_has_the_positions_that_its_engine_finds(tmp_path):
+    plain = AutoConfig.from_pretrained("scope_fast/assets/student")
+    plain.save_pretrained(tmp_path)
+    config = load(None, [("rollout.context", "2000")])
+    with pytest.raises(ValueError, match=r"the model at model\.path allows 1024"):
+        check_context(config, str(tmp_path))
+    plain.rope_parameters = {**plain.rope_parameters, "rope_type": "linear", "factor": 4.0}
+    plain.save_pretrained(tmp_path)
+    check_context(config, str(tmp_path))
 
 
 def test_models_that_the_method_does_not_ask_are_not_loaded(tmp_path):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from factories import accepted, byte_level, configured, prompt, trajectory
 
-from scope_fast import train
+from scope_fast import distributed, train
 from scope_fast.build import build
 from scope_fast.health import Unhealthy
 from scope_fast.metrics import fold
@@ -193,6 +193,13 @@ def test_weights_that_have_diverged_end_the_run_by_name(stack, tmp_path):
         trainer.step()
 
 
+def test_weights_that_have_diverged_on_another_rank_end_this_one_too(stack, tmp_path, monkeypatch):
+    trainer = make(stack, tmp_path)
+    monkeypatch.setattr(distributed, "gather", lambda broken: [broken, True])
+    with pytest.raises(Unhealthy, match="its weights have diverged"):
+        trainer.sampler.take(0)
+
+
 def test_every_response_may_lack_a_verdict(stack, tmp_path):
     trainer = make(stack, tmp_path)
     trainer.verifier = stack.enter_context(Verifier("fixtures.scorers:parses", 2))
@@ -336,5 +343,5 @@ def test_what_is_asked_of_the_engine_and_made_of_its_answer(stack, tmp_path, mon
     trainer.verifier = SimpleNamespace(score=lambda items: verdicts[: len(items)])
     two = [prompt(), replace(prompt(), id="chain_sum/1")]
     assert trainer.pass_rate(two, 2, 0.5) == trainer.pass_rate(two, 2, 0.5) == (1 / 3, 1)
-    assert [sampling.temperature for sampling, _ in asked] == [0.5, 0.5]
+    assert [sampling for sampling, _ in asked] == [Sampling(0.5, 0.9, 96, (end,))] * 2
     assert asked[0] == asked[1] and len(set(asked[0][1])) == 4  # the same draws at every evaluation

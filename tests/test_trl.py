@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -374,6 +375,25 @@ def test_a_model_s_own_scale_of_its_logits_is_folded_into_the_temperature():
     trl_head(plain, 2.0)
     mine, other = (model(input_ids=ids, labels=ids, fused_lm_head=True).log_probs for model in (scaled, plain))
     assert torch.equal(mine, other)
+
+
+def test_nor_is_the_training_loss_another_with_it():
+    """Rows of both kinds: the likelihood is at temperature 1 of the model's own logits."""
+    ids = torch.randint(2, VOCAB, (1, 9), generator=torch.Generator().manual_seed(1))
+    segment = torch.tensor([Segment.RL, Segment.NLL] * 4 + [Segment.IGNORE], dtype=torch.uint8)
+    streams = TokenStreams(ids[0].roll(-1), segment, torch.ones(9), advantage=torch.full((9,), 0.5),
+                           old_logprob=torch.full((9,), -3.0))  # fmt: skip
+    bare = torch.where(segment == Segment.RL, 0.5 / 0.25, 1 / 0.25)
+    scaled, plain = tiny_model(), tiny_model()
+    scaled.config.logit_scale = 0.25
+    trl_head(scaled)
+    trl_head(plain)
+    options = LossOptions(temperature=0.5)
+    losses = [
+        model(input_ids=ids, labels=ids, fused_lm_head=True, scope=(given, options))[0]
+        for model, given in ((scaled, streams), (plain, replace(streams, temperature=bare)), (plain, streams))
+    ]
+    assert losses[0] == losses[1] != losses[2]
 
 
 def test_another_trl_is_refused_by_name():

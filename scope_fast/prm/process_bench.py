@@ -173,7 +173,8 @@ def parse(arguments: Sequence[str]) -> tuple[Config, Path | None]:
     options, rest = parser.parse_known_args(arguments[2:])
     if options.json is not None and options.json.is_dir():
         raise ValueError(f"--json {options.json}: that is a folder, expected a file")
-    named = [("prm.path", json.dumps(arguments[0])), ("data.path", json.dumps(arguments[1]))]
+    paths = (json.dumps(path, ensure_ascii=False) for path in arguments[:2])
+    named = list(zip(("prm.path", "data.path"), paths, strict=True))
     return load(None, [*overrides(rest), *named]), options.json
 
 
