@@ -41,7 +41,7 @@ class _Section(BaseModel):
 
 
 def _of_a_run(info: ValidationInfo) -> bool:
-    """Whether a run's own file is read, whose options that do nothing a run once went with (config_files.load)."""
+    """Whether a run's own file is being read: an older version may have run with options that do nothing there."""
     return bool(info.context and info.context.get("of_a_run"))
 
 
@@ -280,14 +280,14 @@ class Teacher(_Section):
         True,
         description="of kind solver: go on in the style of the prefix's last step, where it has one (bench/NOTES.md)",
     )
-    temperature: float = Field(0.0, ge=0, description="of kinds model and endpoint; a solver draws but styles")
+    temperature: float = Field(0.0, ge=0, description="of kinds model and endpoint (a solver draws only a style)")
     timeout_s: float = Field(60.0, gt=0, description="for all requests of a step together")
     max_tokens: Positive = Field(128, description="budget of a suffix; one that does not finish within it is rejected")
 
     @model_validator(mode="after")
     def _is_what_is_named(self, info: ValidationInfo) -> Teacher:
         if self.kind != "model" and self.path != "tiny" and not _of_a_run(info):
-            raise ValueError(f"path: only kind model is one, and kind is {self.kind}")
+            raise ValueError(f"path: only kind model is loaded from one, and kind is {self.kind}")
         if self.kind != "endpoint" and self.endpoint.url and not _of_a_run(info):
             raise ValueError(f"endpoint.url: only kind endpoint asks it, and kind is {self.kind}")
         if self.kind == "endpoint" and not (self.endpoint.url and self.endpoint.model):
@@ -322,7 +322,9 @@ class Scope(_Section):
 class Loss(_Section):
     """The objective. Fields named as in `LossOptions` are passed on to it."""
 
-    clip_low: float = Field(0.2, description="clips nothing in a step's first update, whose ratios are 1; as clip_high")
+    clip_low: float = Field(
+        0.2, description="clips nothing in a step's first update, whose ratios are 1; nor does clip_high"
+    )
     clip_high: float = 0.2
     dual_clip: float | None = None
     policy_loss: Literal["ppo", "cispo"] = "ppo"

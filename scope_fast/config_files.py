@@ -29,7 +29,7 @@ def to_yaml(config: Config) -> str:
 def load(path: str | Path | None = None, overrides: Iterable[tuple[str, str]] = (), of_a_run: bool = False) -> Config:
     """A `Config` from a YAML file (None: the quickstart) and (dotted key, YAML value) pairs, later ones winning.
 
-    of_a_run: the file is a run's own, which an older version may have written: what does nothing is left in peace.
+    of_a_run: the file is a run's own, maybe an older version's: options that do nothing are no error there.
 
     Raises ValueError naming the key: unknown ones with the nearest valid name, wrong values with what is expected;
     FileNotFoundError when `path` is neither a file nor the name of a preset.

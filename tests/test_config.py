@@ -120,7 +120,7 @@ def test_wrong_values_are_named(key, value, message):
             [("rollout.engine", "vllm_server"), ("rollout.server_url", "localhost:8000")],
             "rollout.server_url: expected http://HOST:PORT, got 'localhost:8000'",
         ),
-        ([("teacher.path", "there")], "teacher.path: only kind model is one, and kind is solver"),
+        ([("teacher.path", "there")], "teacher.path: only kind model is loaded from one, and kind is solver"),
         ([("teacher.endpoint.url", "http://a/v1")], "teacher.endpoint.url: only kind endpoint asks it"),
         ([("prm.kind", "exact"), ("prm.path", "there")], "prm.path: kind exact is the task's own checker"),
         ([("method", "sft"), ("loss.kl", "k3"), ("loss.kl_coef", "1")], "loss.kl: of the policy gradient, and sft"),
