@@ -164,6 +164,7 @@ def test_styles_that_change_nothing_leave_the_models_keys():
 @pytest.mark.parametrize(("role", "key"), [("student", "model"), ("prm", "prm"), ("teacher", "teacher")])
 def test_a_task_without_working_teaches_nobody(role, key, tmp_path):
     config = load(None, [("data.tasks", "[chain_sum, gcd]"), ("cache", str(tmp_path))])
-    with pytest.raises(ValueError, match=rf"{key}\.path: the tiny {role} .* which task 'gcd' of data\.tasks does not have"):
+    message = rf"{key}\.path: the tiny {role} .* which task 'gcd' of data\.tasks does not have"
+    with pytest.raises(ValueError, match=message):
         warm_start.ensure(config, role, QUIET)
     assert not list(tmp_path.iterdir())
