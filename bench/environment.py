@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import datetime
-import importlib.util
 import os
 import platform
 import subprocess
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -55,14 +53,13 @@ def environment(device: str) -> dict:
     """Device, versions, commit and date: everything a record needs to be read by somebody else."""
     state = output_of("git", "status", "--porcelain", "--", "scope_fast", "kernels", "csrc", "bench")
     commit = os.environ.get("BENCH_COMMIT") or output_of("git", "rev-parse", "HEAD")
-    triton = version("triton") if importlib.util.find_spec("triton") is not None else None
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit,
         "modified": None if state == "unknown" else bool(state),
         "device": {"type": device} | device_info(device),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "triton": triton}
-        | versions(PEERS),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "triton": None}
+        | versions(("triton", *PEERS)),
         "native_extension": not native.missing(),
         "platform": platform.platform(),
     }

@@ -52,7 +52,7 @@ def build(config: Config, stack: ExitStack, between: Callable[[], None] = lambda
         if folders[role] is not None:
             with loading(f"{role}.path", folders[role]):
                 AutoConfig.from_pretrained(folders[role])
-                check(config, folders[role], tokenizer)
+            check(config, folders[role], tokenizer)
     teacher = None if folders["teacher"] else make_teacher(config, None, tokenizer, stack)
     student = load_student(config, folders["student"])
     check_sampled_by(config.rollout.engine, student)

@@ -208,7 +208,8 @@ def server_environment(options: EngineOptions, backend: str) -> dict[str, str]:
 
 
 def gpu_names(gpus: tuple[int, ...]) -> list[str]:
-    """The devices of this process, as CUDA counts them, by the names they have outside it: numbers or UUIDs."""
+    """The devices of this process, as CUDA counts them, by the names they have outside it: numbers or UUIDs. ValueError
+    naming `server_gpus` for one that this process does not see."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         names = [str(i) for i in range(torch.cuda.device_count())]
